@@ -1,0 +1,45 @@
+// One m.def an op: argument names only. Docs, checks and defaults live in python/mlx_bulwark/ops.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include <map>
+#include <string>
+
+#include "clip/clip.h"
+#include "common/isa.h"
+#include "common/parallel.h"
+#include "mlx/version.h"
+
+namespace nb = nanobind;
+namespace mx = mlx::core;
+using namespace nb::literals;
+using namespace bulwark;
+
+static std::map<std::string, nb::object>& references() {
+  static auto* r = new std::map<std::string, nb::object>;  // leaked: Python is gone when statics are destroyed
+  return *r;
+}
+
+namespace bulwark {
+Arrays call_reference(const char* name, const Arrays& in, const mx::Stream& s) {
+  nb::gil_scoped_acquire gil;
+  auto it = references().find(name);
+  if (it == references().end()) throw std::runtime_error(std::string("[") + name + "] has no reference");
+  return nb::cast<Arrays>(it->second(in, s));
+}
+}  // namespace bulwark
+
+NB_MODULE(_ext, m) {
+  nb::module_::import_("mlx.core");
+  if (std::string(mx::version()).rfind(MLX_BUILT_FOR, 0) != 0)
+    throw nb::import_error("built for mlx " MLX_BUILT_FOR ", another version is loaded");
+  m.def("set_reference", [](std::string name, nb::object f) { references()[name] = f; }, "name"_a, "reference"_a);
+  m.def("set_num_threads", [](size_t n) { Pool::get().limit = n; }, "n"_a);
+  m.def("isa", [] { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "base"; });
+
+  m.def("sample_sq_norms", &sample_sq_norms, "grads"_a, "stream"_a = nb::none());
+
+}

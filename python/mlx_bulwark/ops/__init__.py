@@ -1,0 +1,1 @@
+"""The ops: one public function and its reference each."""
