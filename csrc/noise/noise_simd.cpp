@@ -1,0 +1,294 @@
+#include "noise/noise_simd.h"
+
+#include <float.h>
+#include <string.h>
+#if defined(__x86_64__)
+  #include <immintrin.h>
+#elif defined(__aarch64__)
+  #include <arm_neon.h>
+#else
+  #error "the noise kernels know x86-64 and arm64"
+#endif
+
+namespace bulwark::BULWARK_ISA {
+namespace {
+#define INLINE inline __attribute__((always_inline))
+
+// Vectors of the machine's own width; a lane is a block.
+#if defined(__AVX512F__)
+constexpr int BYTES = 64;
+constexpr __mmask16 ALL = 0xffff;  // the unmasked intrinsics draw a false warning from GCC 12
+#elif defined(__AVX2__)
+constexpr int BYTES = 32;
+#else
+constexpr int BYTES = 16;
+#endif
+constexpr int LANES = BYTES / 4;
+typedef uint32_t Words __attribute__((vector_size(BYTES)));
+typedef int32_t Ints __attribute__((vector_size(BYTES)));
+typedef float Floats __attribute__((vector_size(BYTES)));
+typedef uint16_t Halves __attribute__((vector_size(BYTES / 2)));
+
+template <typename V>
+INLINE V load_bits(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+INLINE Words splat(uint32_t x) { return Words{} + x; }
+
+// ---- ChaCha20
+
+template <int N>
+INLINE Words rotate(Words x) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (N == 16 || N == 8) {  // one byte shuffle in place of two shifts and an or
+    const long long lo = N == 16 ? 0x0504070601000302 : 0x0605040702010003;
+    const long long hi = N == 16 ? 0x0D0C0F0E09080B0A : 0x0E0D0C0F0A09080B;
+    return (Words)_mm256_shuffle_epi8((__m256i)x, _mm256_setr_epi64x(lo, hi, lo, hi));
+  }
+#endif
+  return x << N | x >> (32 - N);
+}
+
+INLINE void quarter_round(Words& a, Words& b, Words& c, Words& d) {
+  a += b, d = rotate<16>(d ^ a);
+  c += d, b = rotate<12>(b ^ c);
+  a += b, d = rotate<8>(d ^ a);
+  c += d, b = rotate<7>(b ^ c);
+}
+
+// Blocks counter .. counter + LANES, one a lane.
+INLINE void chacha20(const NoiseStream& s, uint64_t counter, Words x[16]) {
+  Words lane;
+  for (int i = 0; i < LANES; i++) lane[i] = i;
+  const Words low = lane + uint32_t(counter);
+  const Words high = uint32_t(counter >> 32) - (Words)(low < uint32_t(counter));  // a true comparison is -1
+  const Words start[16] = {splat(0x61707865),
+                           splat(0x3320646e),
+                           splat(0x79622d32),
+                           splat(0x6b206574),
+                           splat(s.key[0]),
+                           splat(s.key[1]),
+                           splat(s.key[2]),
+                           splat(s.key[3]),
+                           splat(s.key[4]),
+                           splat(s.key[5]),
+                           splat(s.key[6]),
+                           splat(s.key[7]),
+                           low,
+                           high,
+                           splat(s.domain[0]),
+                           splat(s.domain[1])};
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) x[i] = start[i];
+  for (int round = 0; round < 10; round++) {
+    quarter_round(x[0], x[4], x[8], x[12]);
+    quarter_round(x[1], x[5], x[9], x[13]);
+    quarter_round(x[2], x[6], x[10], x[14]);
+    quarter_round(x[3], x[7], x[11], x[15]);
+    quarter_round(x[0], x[5], x[10], x[15]);
+    quarter_round(x[1], x[6], x[11], x[12]);
+    quarter_round(x[2], x[7], x[8], x[13]);
+    quarter_round(x[3], x[4], x[9], x[14]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) x[i] += start[i];
+}
+
+// ---- Box-Muller
+
+INLINE Floats square_root(Floats x) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_sqrt_ps(ALL, (__m512)x);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+  return (Floats)_mm_sqrt_ps((__m128)x);
+#else
+  return (Floats)vsqrtq_f32((float32x4_t)x);
+#endif
+}
+
+INLINE Floats to_float(Ints x) { return __builtin_convertvector(x, Floats); }
+INLINE Floats to_float(Words x) { return __builtin_convertvector(x, Floats); }
+
+// sqrt(-2 ln u), u = (U + 1/2) 2^-64 with U = high:low. Near u = 1 it starts from v = 1 - u, which float32 holds to its
+// full relative accuracy: a radius is never rounded to 0.
+INLINE Floats radius(Words high, Words low) {
+  const Ints upper = (Ints)high >> 31;  // u > 1/2
+  const Floats v = to_float((Ints)high ^ upper) * 0x1p-32f + (to_float(low ^ (Words)upper) * 0x1p-64f + 0x1p-65f);
+  const Floats y = upper ? 1.0f - v : v;
+  const Ints bits = (Ints)y - 0x3f3504f3;  // of sqrt(1/2)
+  const Ints exponent = bits >> 23;
+  const Floats mantissa = (Floats)((bits & 0x7fffff) + 0x3f3504f3);  // [sqrt(1/2), sqrt(2))
+  const Floats t = exponent == 0 ? -v : mantissa - 1.0f;             // exponent 0 means 1 - v > sqrt(1/2)
+  // ln(1 + t) = t - t^2/2 + t^3 p(t), coefficients of Cephes logf, times -2
+  Floats p = t * -1.40753672584e-1f + 2.3029220620e-1f;
+  p = p * t - 2.3353997480e-1f;
+  p = p * t + 2.4840281692e-1f;
+  p = p * t - 2.8498645574e-1f;
+  p = p * t + 3.3336115330e-1f;
+  p = p * t - 4.0001429530e-1f;
+  p = p * t + 4.9999987986e-1f;
+  p = p * t - 6.6666662348e-1f;
+  p = p * t + 1.0f;
+  return square_root(to_float(exponent) * -1.38629436111989f + (p * (t * t) - 2.0f * t));
+}
+
+// radius * (cos, sin) of 2 pi (w + 1/2) 2^-32. The angle is reduced to [-pi/4, pi/4] in integers, where it is never 0.
+INLINE void box_muller(Words high, Words low, Words w, Floats& first, Floats& second) {
+  const Floats phi = to_float((Ints)(w << 2 | 2u)) * 3.6572951982e-10f;  // pi 2^-33
+  const Floats z = phi * phi;
+  Floats s = z * -1.9515295891e-4f + 8.3321608736e-3f;  // Cephes sinf and cosf
+  s = s * z - 1.6666654611e-1f;
+  s = s * (z * phi) + phi;
+  Floats c = z * 2.443315711809948e-5f - 1.388731625493765e-3f;
+  c = c * z + 4.166664568298827e-2f;
+  c = c * (z * z) + (z * -0.5f + 1.0f);
+  const Words quadrant = w + 0x20000000u;  // in the upper two bits
+  const Ints odd = (quadrant & 0x40000000u) != 0u;
+  const Floats r = radius(high, low);
+  first = r * (Floats)((Words)(odd ? s : c) ^ ((quadrant ^ quadrant << 1) & 0x80000000u));
+  second = r * (Floats)((Words)(odd ? c : s) ^ (quadrant & 0x80000000u));
+}
+
+// ---- Storage types
+
+template <Float>
+struct Stored;
+
+template <>
+struct Stored<Float::f32> {
+  using type = float;
+  static INLINE Floats load(const float* p) { return load_bits<Floats>(p); }
+  static INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
+};
+
+template <>
+struct Stored<Float::bf16> {
+  using type = uint16_t;
+  static INLINE Floats load(const uint16_t* p) {
+    return (Floats)(__builtin_convertvector(load_bits<Halves>(p), Words) << 16);
+  }
+  static INLINE void store(uint16_t* p, Floats v) {  // to nearest, ties to even
+    const Words b = (Words)v;
+    const Words rounded = (b + 0x7fffu + (b >> 16 & 1u)) >> 16;
+    const Halves h = __builtin_convertvector(v == v ? rounded : splat(0x7fc0), Halves);
+    memcpy(p, &h, sizeof h);
+  }
+};
+
+template <>
+struct Stored<Float::f16> {
+  using type = uint16_t;
+#if defined(__AVX512F__)
+  static INLINE Floats load(const uint16_t* p) { return (Floats)_mm512_maskz_cvtph_ps(ALL, load_bits<__m256i>(p)); }
+  static INLINE void store(uint16_t* p, Floats v) {
+    const __m256i h = _mm512_maskz_cvtps_ph(ALL, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    memcpy(p, &h, sizeof h);
+  }
+#elif defined(__AVX2__)
+  static INLINE Floats load(const uint16_t* p) { return (Floats)_mm256_cvtph_ps(load_bits<__m128i>(p)); }
+  static INLINE void store(uint16_t* p, Floats v) {
+    const __m128i h = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+    memcpy(p, &h, sizeof h);
+  }
+#else
+  static INLINE Floats load(const uint16_t* p) {
+    const Words h = __builtin_convertvector(load_bits<Halves>(p), Words);
+    const Words sign = (h & 0x8000u) << 16, magnitude = (h & 0x7fffu) << 13;
+    const Words normal = magnitude + (112u << 23);
+    const Floats subnormal = (Floats)(magnitude + (113u << 23)) - (Floats)splat(113u << 23);
+    const Words finite = magnitude < (1u << 23) ? (Words)subnormal : normal;
+    return (Floats)((magnitude >= (31u << 23) ? normal + (112u << 23) : finite) | sign);
+  }
+  static INLINE void store(uint16_t* p, Floats v) {  // to nearest, ties to even
+    const Words b = (Words)v & 0x7fffffffu, sign = (Words)v >> 16 & 0x8000u;
+    const Words normal = (b - (112u << 23) + 0xfffu + (b >> 13 & 1u)) >> 13;
+    const Words subnormal = (Words)((Floats)b + 0.5f) - (Words)(Floats{} + 0.5f);  // the addition rounds at 2^-24
+    const Words finite = b < (113u << 23) ? subnormal : normal;
+    const Words large = b > (255u << 23) ? splat(0x7e00) : splat(0x7c00);
+    const Halves h = __builtin_convertvector((b >= (143u << 23) ? large : finite) | sign, Halves);
+    memcpy(p, &h, sizeof h);
+  }
+#endif
+};
+
+// ---- Kernels
+
+template <Float F, bool ADD, typename T = typename Stored<F>::type>
+INLINE void add_tile(const NoiseStream& s, float sigma, uint64_t counter, const T* x, T* y) {
+  for (int lane = 0; lane < int(BLOCKS_PER_TILE); lane += LANES) {
+    Words w[16];
+    chacha20(s, counter + lane, w);
+#pragma GCC unroll 5
+    for (int pair = 0; pair < 5; pair++) {
+      Floats z[2];
+      box_muller(w[3 * pair], w[3 * pair + 1], w[3 * pair + 2], z[0], z[1]);
+#pragma GCC unroll 2
+      for (int k = 0; k < 2; k++) {
+        const int at = int(BLOCKS_PER_TILE) * (2 * pair + k) + lane;
+        Stored<F>::store(y + at, ADD ? Stored<F>::load(x + at) + sigma * z[k] : sigma * z[k]);
+      }
+    }
+  }
+}
+
+template <Float F, bool ADD, typename T = typename Stored<F>::type>
+void add_tiles(const NoiseStream& s, float sigma, size_t first_tile, const T* x, T* y, size_t n) {
+  uint64_t counter = s.counter + BLOCKS_PER_TILE * first_tile;
+  size_t i = 0;
+  for (; i + NORMALS_PER_TILE <= n; i += NORMALS_PER_TILE, counter += BLOCKS_PER_TILE)
+    add_tile<F, ADD>(s, sigma, counter, ADD ? x + i : x, y + i);
+  if (i == n) return;
+  T last[NORMALS_PER_TILE] = {};
+  if (ADD) memcpy(last, x + i, (n - i) * sizeof(T));
+  add_tile<F, ADD>(s, sigma, counter, last, last);
+  memcpy(y + i, last, (n - i) * sizeof(T));
+}
+
+template <Float F, typename T = typename Stored<F>::type>
+void add_normals(const NoiseStream& s, float sigma, size_t first_tile, const void* x, void* y, size_t n) {
+  if (n == 0) return;
+  if (sigma == 0) {
+    if (!x) memset(y, 0, n * sizeof(T));
+    if (x && x != y) memmove(y, x, n * sizeof(T));
+    return;
+  }
+  if (!(sigma > 0 && sigma <= FLT_MAX)) sigma = __builtin_nanf("");
+  if (x)
+    add_tiles<F, true>(s, sigma, first_tile, static_cast<const T*>(x), static_cast<T*>(y), n);
+  else
+    add_tiles<F, false>(s, sigma, first_tile, static_cast<const T*>(nullptr), static_cast<T*>(y), n);
+}
+
+void keystream(const NoiseStream& s, size_t first_block, uint32_t* y, size_t n) {
+  uint64_t counter = s.counter + first_block;
+  for (size_t i = 0; i < n; counter += LANES) {
+    Words w[16];
+    chacha20(s, counter, w);
+    for (int lane = 0; lane < LANES && i < n; lane++)
+      for (int k = 0; k < 16 && i < n; k++) y[i++] = w[k][lane];
+  }
+}
+
+void transform(const uint32_t* words, float* y, size_t n) {
+  for (size_t i = 0; i < n; i += LANES) {
+    const int count = n - i < size_t(LANES) ? int(n - i) : LANES;
+    Words w[3] = {};
+    Floats first, second;
+    for (int lane = 0; lane < count; lane++)
+      for (int k = 0; k < 3; k++) w[k][lane] = words[3 * (i + lane) + k];
+    box_muller(w[0], w[1], w[2], first, second);
+    for (int lane = 0; lane < count; lane++) {
+      y[2 * (i + lane)] = first[lane];
+      y[2 * (i + lane) + 1] = second[lane];
+    }
+  }
+}
+}  // namespace
+
+const NoiseKernels noise_kernels{
+    {add_normals<Float::f32>, add_normals<Float::f16>, add_normals<Float::bf16>}, keystream, transform};
+}  // namespace bulwark::BULWARK_ISA
