@@ -1,7 +1,6 @@
 import os
 
 import pytest
-
 from mlx_bulwark import _native
 
 

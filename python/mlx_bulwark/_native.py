@@ -1,12 +1,25 @@
 """Chooses what runs the ops: the native extension, or the plain-MLX reference."""
 
 import os
+import sys
 import warnings
 from collections.abc import Callable
-from types import ModuleType
-from typing import Any, NamedTuple
+from importlib import metadata
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import mlx.core as mx
+try:
+    import mlx.core as mx
+except ImportError as e:
+    if "libmlx" not in str(e):
+        raise
+    raise ImportError(f"mlx holds no library on Linux ({e}); `pip install 'mlx-bulwark[cpu]'` brings it") from e
+
+if TYPE_CHECKING:
+    from . import _ext
+
+    ext = _ext
+else:
+    ext = None  # the extension, once it is loaded
 
 BACKENDS = ("auto", "native", "reference")
 
@@ -21,8 +34,8 @@ class Backend(NamedTuple):
     reason: str
 
 
-ext: ModuleType | None = None
 _references: dict[str, ReferenceFunction] = {}
+_loaded = False
 _state = Backend("reference", "not chosen yet")
 
 
@@ -46,27 +59,37 @@ def _load() -> str | None:
 
     Nothing is loaded before the versions agree: MLX's C++ symbols change in patch releases.
     """
-    global ext
-    if ext is not None:
+    global _loaded
+    if _loaded:
         return None
     try:
-        from ._built import MLX as built
+        from . import _built
     except ImportError:
-        return "the package holds no native extension; `pip install mlx-bulwark` builds it"
-    installed = mx.__version__.split("+")[0]
-    if installed != built:
+        return "the package holds no native extension; `pip install .` in its sources builds it"
+    installed = mx.__version__.split("+")[0]  # type: ignore[attr-defined]
+    if installed != _built.MLX:
         return (
-            f"the extension was built for mlx {built} but mlx {installed} is installed; "
-            f"`pip install mlx=={built}` mends it"
+            f"the extension was built for mlx {_built.MLX} but mlx {installed} is installed; "
+            f"`{_install_mlx(_built.MLX)}` mends it"
         )
     try:
         from . import _ext
     except ImportError as e:
-        return f"the extension does not load ({e}); `pip install --force-reinstall mlx-bulwark` builds it anew"
+        return f"the extension does not load ({e}); `pip install --force-reinstall --no-deps .` in its sources mends it"
     for name, f in _references.items():
         _ext.set_reference(name, f)
-    ext = _ext
+    globals()["ext"] = _ext
+    _loaded = True
     return None
+
+
+def _install_mlx(version: str) -> str:
+    """Command that installs this MLX with the library that is installed now."""
+    extra = "" if sys.platform == "darwin" else "cpu"
+    for cuda in ("cuda-12", "cuda-13"):
+        if any(d.metadata["Name"] == f"mlx-{cuda}" for d in metadata.distributions()):
+            extra = cuda.replace("-", "")
+    return f"pip install 'mlx[{extra}]=={version}'" if extra else f"pip install mlx=={version}"
 
 
 def use(name: str) -> None:
@@ -92,7 +115,7 @@ def use(name: str) -> None:
 
 def use_from_environment() -> None:
     """Choose the backend that ``BULWARK_BACKEND`` names."""
-    use(os.environ.get("BULWARK_BACKEND", "auto"))
+    use(os.environ.get("BULWARK_BACKEND") or "auto")
 
 
 def reference(name: str) -> Callable[[ReferenceFunction], ReferenceFunction]:
@@ -100,17 +123,16 @@ def reference(name: str) -> Callable[[ReferenceFunction], ReferenceFunction]:
 
     def register(f: ReferenceFunction) -> ReferenceFunction:
         _references[name] = f
-        if ext is not None:
+        if _loaded:
             ext.set_reference(name, f)
         return f
 
     return register
 
 
-def native_for(stream: Stream) -> ModuleType | None:
-    """Return the extension if it runs ops on this stream, else None: on a GPU stream the reference runs."""
+def runs_native(stream: Stream) -> bool:
+    """Whether the extension (``ext``) runs ops on this stream; on a GPU stream the reference runs."""
     if _state.name == "reference":
-        return None
+        return False
     device = mx.default_device() if stream is None else stream
-    device = getattr(device, "device", device)
-    return ext if device == mx.cpu else None
+    return bool(getattr(device, "device", device) == mx.cpu)

@@ -8,8 +8,8 @@ from .._native import Stream
 
 def sample_sq_norms(grads: list[mx.array], *, stream: Stream = None) -> mx.array:
     """Squared L2 norm of every sample over all leaves."""
-    if ext := _native.native_for(stream):
-        return ext.sample_sq_norms(grads, stream)
+    if _native.runs_native(stream):
+        return _native.ext.sample_sq_norms(grads, stream)
     return sample_sq_norms_reference(grads, stream=stream)
 
 
