@@ -18,6 +18,7 @@ if(NOT _nanobind VERSION_EQUAL NANOBIND_SUPPORTED)
   message(FATAL_ERROR "mlx-bulwark must be built with nanobind ${NANOBIND_SUPPORTED}, whose binary interface is that of "
                       "mlx ${MLX_SUPPORTED}, but nanobind ${_nanobind} is installed: `pip install nanobind==${NANOBIND_SUPPORTED}`.")
 endif()
+unset(nanobind_DIR CACHE)  # a build folder may have been configured for another environment
 find_package(nanobind CONFIG REQUIRED)
 
 if(NOT MLX_ROOT)
@@ -25,12 +26,14 @@ if(NOT MLX_ROOT)
   ask_python(_mlx mlx "import importlib.util as u, os; print(os.path.dirname(u.find_spec('mlx.core').origin))")
   set(MLX_ROOT "${_mlx}/share/cmake/MLX")
 endif()
+unset(MLX_DIR CACHE)
 find_package(MLX CONFIG QUIET)
 if(NOT MLX_FOUND)
   message(FATAL_ERROR "no MLX library under ${MLX_ROOT}: on Linux plain `mlx` holds none, "
                       "`pip install \"mlx[cpu]==${MLX_SUPPORTED}\"` brings it.")
 endif()
-find_file(_version NAMES mlx/version.h PATHS "${MLX_DIR}/../../../include" NO_DEFAULT_PATH NO_CMAKE_FIND_ROOT_PATH REQUIRED)
+find_file(_version NAMES mlx/version.h PATHS "${MLX_DIR}/../../../include" NO_DEFAULT_PATH NO_CMAKE_FIND_ROOT_PATH
+          NO_CACHE REQUIRED)
 file(STRINGS ${_version} _lines REGEX "VERSION_(MAJOR|MINOR|PATCH) [0-9]+")
 string(REGEX REPLACE "[^0-9]+" "." _lines "${_lines}")
 string(REGEX REPLACE "^\\.|\\.$" "" MLX_BUILT_FOR "${_lines}")

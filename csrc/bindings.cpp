@@ -5,8 +5,11 @@
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include <limits>
 #include <map>
 #include <string>
+#include <thread>
+#include <vector>
 
 #include "clip/clip.h"
 #include "common/isa.h"
@@ -32,6 +35,23 @@ Arrays call_reference(const char* name, const Arrays& in, const mx::Stream& s) {
 }
 }  // namespace bulwark
 
+#ifdef BULWARK_SANITIZE
+// What a sanitizer must see: .ci/run calls this to prove that the build it tests is a build that would have shown an
+// error.
+static int planted_error(std::string kind) {
+  if (kind == "address") {
+    std::vector<int> v(4);
+    return v.data()[kind.size()];
+  }
+  if (kind == "undefined") return std::numeric_limits<int>::max() + static_cast<int>(kind.size());
+  int shared = 0;
+  std::thread other([&] { shared++; });
+  shared++;
+  other.join();
+  return shared;
+}
+#endif
+
 NB_MODULE(_ext, m) {
   nb::module_::import_("mlx.core");
   if (std::string(mx::version()).rfind(MLX_BUILT_FOR, 0) != 0)
@@ -41,5 +61,7 @@ NB_MODULE(_ext, m) {
   m.def("isa", [] { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "base"; });
 
   m.def("sample_sq_norms", &sample_sq_norms, "grads"_a, "stream"_a = nb::none());
-
+#ifdef BULWARK_SANITIZE
+  m.def("planted_error", &planted_error, "kind"_a);
+#endif
 }

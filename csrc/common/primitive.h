@@ -23,7 +23,7 @@ class Op : public mx::Primitive {
   using mx::Primitive::Primitive;
 
   void eval_cpu(const Arrays& in, Arrays& out) final { cpu(in, out); }
-  void eval_gpu(const Arrays&, Arrays&) final {  // Python sends GPU streams to the reference (_native.on_native)
+  void eval_gpu(const Arrays&, Arrays&) final {  // Python sends GPU streams to the reference (_native.runs_native)
     throw std::runtime_error(std::string("[") + name() + "] stream must be a CPU stream but is a GPU stream");
   }
 
