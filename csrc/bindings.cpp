@@ -61,6 +61,9 @@ NB_MODULE(_ext, m) {
   m.def("isa", [] { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "base"; });
 
   m.def("sample_sq_norms", &sample_sq_norms, "grads"_a, "stream"_a = nb::none());
+  m.def("clipped_sum", &clipped_sum, "grads"_a, "factors"_a, "noise"_a, "stream"_a = nb::none());
+  m.def("clip_and_sum", &clip_and_sum, "grads"_a, "max_grad_norm"_a, "mode"_a, "mask"_a, "noise"_a,
+        "stream"_a = nb::none());
 #ifdef BULWARK_SANITIZE
   m.def("planted_error", &planted_error, "kind"_a);
 #endif

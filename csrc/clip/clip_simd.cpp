@@ -1,15 +1,167 @@
 #include "clip/clip_simd.h"
 
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+  #include <immintrin.h>
+#elif defined(__aarch64__)
+  #include <arm_neon.h>
+#endif
+
 namespace bulwark::BULWARK_ISA {
-static float sum_of_squares(const float* x, size_t n) {
-  float lane[16] = {};
-  size_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    for (int k = 0; k < 16; k++) lane[k] += x[i + k] * x[i + k];
-  for (; i < n; i++) lane[i % 16] += x[i] * x[i];
-  for (int w = 8; w; w /= 2)
-    for (int k = 0; k < w; k++) lane[k] += lane[k + w];
-  return lane[0];
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+typedef float HalfVec __attribute__((vector_size(2 * LANES)));
+typedef double Doubles __attribute__((vector_size(4 * LANES)));  // one for each lane of a HalfVec
+
+template <class V>
+static V load(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
 }
-const ClipKernels clip_kernels{sum_of_squares};
+
+// Float from the bits of a half, for one value or a vector of them: scaling by 2^112 moves the exponent's bias and
+// makes subnormals normal; infinities and NaN come out at 2^16 and above, and get the largest exponent.
+template <class F, class U>
+static F from_half_bits(U h) {
+  U magnitude = (h & 0x7fff) << 13, sign = (h & 0x8000) << 16;
+  F scaled;
+  memcpy(&scaled, &magnitude, sizeof scaled);
+  scaled *= 0x1p112f;
+  U bits;
+  memcpy(&bits, &scaled, sizeof bits);
+  bits |= sign | (magnitude >= 0x0f800000 ? U{} + 0x7f800000 : U{});
+  memcpy(&scaled, &bits, sizeof scaled);
+  return scaled;
+}
+
+struct F32 {
+  typedef float Value;
+  static Vec vector(const Value* p) { return load<Vec>(p); }
+  static float scalar(Value x) { return x; }
+};
+
+struct F16 {
+  typedef uint16_t Value;
+  static Vec vector(const Value* p) {
+#if defined(__AVX512F__)
+    // the plain intrinsic makes GCC 12 warn of its own uninitialised value
+    return (Vec)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+    return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__)
+    return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#else
+    return from_half_bits<Vec>(__builtin_convertvector(load<Halves>(p), Bits));
+#endif
+  }
+  static float scalar(Value x) { return from_half_bits<float>(uint32_t(x)); }
+};
+
+struct BF16 {
+  typedef uint16_t Value;
+  static Vec vector(const Value* p) { return (Vec)(__builtin_convertvector(load<Halves>(p), Bits) << 16); }
+  static float scalar(Value x) {
+    uint32_t bits = uint32_t(x) << 16;
+    return load<float>(&bits);
+  }
+};
+
+// Squares are added in float over short blocks, so that a lane takes 16 of them, and blocks in double.
+template <class F>
+static double sum_of_squares(const typename F::Value* x, size_t n) {
+  constexpr size_t BLOCK = 64 * LANES;
+  double total = 0;
+  size_t i = 0;
+  if (n >= LANES) {
+    Doubles sums{};
+    while (i + LANES <= n) {
+      size_t end = i + BLOCK < n ? i + BLOCK : n;
+      Vec s[4] = {};
+      for (; i + 4 * LANES <= end; i += 4 * LANES)
+        for (int k = 0; k < 4; k++) {
+          Vec v = F::vector(x + i + k * LANES);
+          s[k] += v * v;
+        }
+      for (; i + LANES <= end; i += LANES) {
+        Vec v = F::vector(x + i);
+        s[0] += v * v;
+      }
+      Vec block = (s[0] + s[1]) + (s[2] + s[3]);
+      sums += __builtin_convertvector(load<HalfVec>(&block), Doubles);
+      sums += __builtin_convertvector(load<HalfVec>((const char*)&block + sizeof(HalfVec)), Doubles);
+    }
+    for (int k = 0; k < LANES / 2; k++) total += sums[k];
+  }
+  for (; i < n; i++) {
+    float v = F::scalar(x[i]);
+    total += v * v;
+  }
+  return total;
+}
+
+template <class F>
+static void add_sq_norms(const void* x, size_t stride, size_t rows, size_t n, double* out, size_t out_stride) {
+  for (size_t r = 0; r < rows; r++)
+    out[r * out_stride] += sum_of_squares<F>((const typename F::Value*)x + r * stride, n);
+}
+
+template <class F, int ROWS, bool PREFETCH>
+static void add_some(const typename F::Value* const* x, const float* f, float* y, size_t n, size_t ahead) {
+  constexpr size_t LINE = 64 / sizeof(typename F::Value);
+  size_t i = 0;
+  for (; i + LINE <= n; i += LINE) {
+    if (PREFETCH)
+      for (int r = 0; r < ROWS; r++) __builtin_prefetch(x[r] + ahead + i, 0, 2);
+    for (size_t k = i; k < i + LINE; k += LANES) {
+      Vec v = load<Vec>(y + k);
+      for (int r = 0; r < ROWS; r++) v += f[r] * F::vector(x[r] + k);
+      memcpy(y + k, &v, sizeof v);
+    }
+  }
+  for (; i < n; i++) {
+    float v = y[i];
+    for (int r = 0; r < ROWS; r++) v += f[r] * F::scalar(x[r][i]);
+    y[i] = v;
+  }
+}
+
+template <class F, int ROWS>
+static void add_some(const typename F::Value* const* x, const float* f, float* y, size_t n, size_t ahead) {
+  ahead ? add_some<F, ROWS, true>(x, f, y, n, ahead) : add_some<F, ROWS, false>(x, f, y, n, ahead);
+}
+
+template <class F>
+static void add_rows(const void* x, size_t stride, size_t rows, const float* factors, float* y, size_t n, size_t ahead,
+                     size_t available) {
+  constexpr int MOST = 4;
+  const typename F::Value* at[MOST];
+  float f[MOST];
+  int held = 0;
+  for (size_t r = 0; r < rows; r++) {
+    if (factors[r] != 0) {
+      at[held] = (const typename F::Value*)x + r * stride;
+      f[held++] = factors[r];
+    }
+    if (held < MOST && r + 1 < rows) continue;
+    size_t step = r + ahead < available ? ahead * stride : 0;
+    if (held == 4) add_some<F, 4>(at, f, y, n, step);
+    if (held == 3) add_some<F, 3>(at, f, y, n, step);
+    if (held == 2) add_some<F, 2>(at, f, y, n, step);
+    if (held == 1) add_some<F, 1>(at, f, y, n, step);
+    held = 0;
+  }
+}
+
+const ClipKernels clip_kernels{{add_sq_norms<F32>, add_sq_norms<F16>, add_sq_norms<BF16>},
+                               {add_rows<F32>, add_rows<F16>, add_rows<BF16>}};
 }  // namespace bulwark::BULWARK_ISA

@@ -2,9 +2,9 @@
 
 from . import _native
 from ._native import backend
-from .ops.clip import sample_sq_norms
+from .ops.clip import ClipFactors, ClippedNorms, clip_and_sum, clip_factors, clipped_sum, sample_sq_norms
 
-__all__ = ["backend", "sample_sq_norms"]
+__all__ = ["ClipFactors", "ClippedNorms", "backend", "clip_and_sum", "clip_factors", "clipped_sum", "sample_sq_norms"]
 __version__ = "0.1.0"
 
 _native.use_from_environment()
