@@ -1,5 +1,6 @@
 // One m.def an op: argument names only. Docs, checks and defaults live in python/mlx_bulwark/ops.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/variant.h>
@@ -15,6 +16,7 @@
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "mlx/version.h"
+#include "noise/noise.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
@@ -59,6 +61,13 @@ NB_MODULE(_ext, m) {
   m.def("set_reference", [](std::string name, nb::object f) { references()[name] = f; }, "name"_a, "reference"_a);
   m.def("set_num_threads", [](size_t n) { Pool::get().limit = n; }, "n"_a);
   m.def("isa", [] { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "base"; });
+
+  m.def("gaussian", &gaussian, "shape"_a, "sigma"_a, "key"_a, "counter"_a, "dtype"_a, "domain"_a,
+        "stream"_a = nb::none());
+  m.def("add_gaussian", &add_gaussian, "leaves"_a, "sigma"_a, "key"_a, "counter"_a, "domain"_a,
+        "stream"_a = nb::none());
+  m.def("random_bits", &random_bits, "shape"_a, "key"_a, "counter"_a, "domain"_a, "stream"_a = nb::none());
+  m.def("normals_from_words", &normals_from_words, "words"_a);
 
   m.def("sample_sq_norms", &sample_sq_norms, "grads"_a, "stream"_a = nb::none());
   m.def("clipped_sum", &clipped_sum, "grads"_a, "factors"_a, "noise"_a, "stream"_a = nb::none());

@@ -24,6 +24,7 @@ constexpr int BYTES = 32;
 constexpr int BYTES = 16;
 #endif
 constexpr int LANES = BYTES / 4;
+constexpr int GROUPS = BYTES == 64 ? 2 : 1;  // vectors of blocks at once: 32 registers hold two states
 typedef uint32_t Words __attribute__((vector_size(BYTES)));
 typedef int32_t Ints __attribute__((vector_size(BYTES)));
 typedef float Floats __attribute__((vector_size(BYTES)));
@@ -58,42 +59,44 @@ INLINE void quarter_round(Words& a, Words& b, Words& c, Words& d) {
   c += d, b = rotate<7>(b ^ c);
 }
 
-// Blocks counter .. counter + LANES, one a lane.
-INLINE void chacha20(const NoiseStream& s, uint64_t counter, Words x[16]) {
+INLINE void start_blocks(const NoiseStream& s, uint64_t counter, Words x[16]) {
   Words lane;
   for (int i = 0; i < LANES; i++) lane[i] = i;
   const Words low = lane + uint32_t(counter);
-  const Words high = uint32_t(counter >> 32) - (Words)(low < uint32_t(counter));  // a true comparison is -1
-  const Words start[16] = {splat(0x61707865),
-                           splat(0x3320646e),
-                           splat(0x79622d32),
-                           splat(0x6b206574),
-                           splat(s.key[0]),
-                           splat(s.key[1]),
-                           splat(s.key[2]),
-                           splat(s.key[3]),
-                           splat(s.key[4]),
-                           splat(s.key[5]),
-                           splat(s.key[6]),
-                           splat(s.key[7]),
-                           low,
-                           high,
-                           splat(s.domain[0]),
-                           splat(s.domain[1])};
+  x[0] = splat(0x61707865), x[1] = splat(0x3320646e), x[2] = splat(0x79622d32), x[3] = splat(0x6b206574);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++) x[4 + i] = splat(s.key[i]);
+  x[12] = low, x[13] = uint32_t(counter >> 32) - (Words)(low < uint32_t(counter));  // a true comparison is -1
+  x[14] = splat(s.domain[0]), x[15] = splat(s.domain[1]);
+}
+
+// Blocks counter .. counter + GROUPS * LANES, one a lane.
+INLINE void chacha20(const NoiseStream& s, uint64_t counter, Words x[GROUPS][16]) {
+  Words start[GROUPS][16];
+#pragma GCC unroll 2
+  for (int g = 0; g < GROUPS; g++) {
+    start_blocks(s, counter + g * LANES, start[g]);
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) x[i] = start[i];
-  for (int round = 0; round < 10; round++) {
-    quarter_round(x[0], x[4], x[8], x[12]);
-    quarter_round(x[1], x[5], x[9], x[13]);
-    quarter_round(x[2], x[6], x[10], x[14]);
-    quarter_round(x[3], x[7], x[11], x[15]);
-    quarter_round(x[0], x[5], x[10], x[15]);
-    quarter_round(x[1], x[6], x[11], x[12]);
-    quarter_round(x[2], x[7], x[8], x[13]);
-    quarter_round(x[3], x[4], x[9], x[14]);
+    for (int i = 0; i < 16; i++) x[g][i] = start[g][i];
   }
+  for (int round = 0; round < 10; round++) {
+#pragma GCC unroll 2
+    for (int g = 0; g < GROUPS; g++) {
+      Words* v = x[g];
+      quarter_round(v[0], v[4], v[8], v[12]);
+      quarter_round(v[1], v[5], v[9], v[13]);
+      quarter_round(v[2], v[6], v[10], v[14]);
+      quarter_round(v[3], v[7], v[11], v[15]);
+      quarter_round(v[0], v[5], v[10], v[15]);
+      quarter_round(v[1], v[6], v[11], v[12]);
+      quarter_round(v[2], v[7], v[8], v[13]);
+      quarter_round(v[3], v[4], v[9], v[14]);
+    }
+  }
+#pragma GCC unroll 2
+  for (int g = 0; g < GROUPS; g++)
 #pragma GCC unroll 16
-  for (int i = 0; i < 16; i++) x[i] += start[i];
+    for (int i = 0; i < 16; i++) x[g][i] += start[g][i];
 }
 
 // ---- Box-Muller
@@ -123,34 +126,36 @@ INLINE Floats radius(Words high, Words low) {
   const Ints exponent = bits >> 23;
   const Floats mantissa = (Floats)((bits & 0x7fffff) + 0x3f3504f3);  // [sqrt(1/2), sqrt(2))
   const Floats t = exponent == 0 ? -v : mantissa - 1.0f;             // exponent 0 means 1 - v > sqrt(1/2)
-  // ln(1 + t) = t - t^2/2 + t^3 p(t), coefficients of Cephes logf, times -2
-  Floats p = t * -1.40753672584e-1f + 2.3029220620e-1f;
-  p = p * t - 2.3353997480e-1f;
-  p = p * t + 2.4840281692e-1f;
-  p = p * t - 2.8498645574e-1f;
-  p = p * t + 3.3336115330e-1f;
-  p = p * t - 4.0001429530e-1f;
-  p = p * t + 4.9999987986e-1f;
-  p = p * t - 6.6666662348e-1f;
-  p = p * t + 1.0f;
-  return square_root(to_float(exponent) * -1.38629436111989f + (p * (t * t) - 2.0f * t));
+  // -2 ln(1 + t) = t (t q(t) - 2), relative error of the minimax q 2^-27.5
+  Floats q = t * 1.52435243e-1f - 2.58088678e-1f;
+  q = q * t + 2.64859945e-1f;
+  q = q * t - 2.83636540e-1f;
+  q = q * t + 3.32181633e-1f;
+  q = q * t - 4.00039464e-1f;
+  q = q * t + 5.00031650e-1f;
+  q = q * t - 6.66666508e-1f;
+  q = q * t + 9.99999762e-1f;
+  q = q * t - 2.0f;
+  return square_root(t * q + to_float(exponent) * -1.38629436f);
 }
 
-// radius * (cos, sin) of 2 pi (w + 1/2) 2^-32. The angle is reduced to [-pi/4, pi/4] in integers, where it is never 0.
+// radius * (cos, sin) of the angle that w tells: phi = 2 pi (r + 1/2) 2^-32 in (-pi/4, pi/4), where r are the lower 30
+// bits as a signed number, so that neither is ever 0; bit 31 negates the cosine, bit 30 swaps the two.
 INLINE void box_muller(Words high, Words low, Words w, Floats& first, Floats& second) {
-  const Floats phi = to_float((Ints)(w << 2 | 2u)) * 3.6572951982e-10f;  // pi 2^-33
+  const Floats phi = to_float((Ints)(w << 2)) * 3.65729520e-10f + 7.31459040e-10f;  // pi 2^-33, pi 2^-32
   const Floats z = phi * phi;
-  Floats s = z * -1.9515295891e-4f + 8.3321608736e-3f;  // Cephes sinf and cosf
-  s = s * z - 1.6666654611e-1f;
-  s = s * (z * phi) + phi;
-  Floats c = z * 2.443315711809948e-5f - 1.388731625493765e-3f;
-  c = c * z + 4.166664568298827e-2f;
-  c = c * (z * z) + (z * -0.5f + 1.0f);
-  const Words quadrant = w + 0x20000000u;  // in the upper two bits
-  const Ints odd = (quadrant & 0x40000000u) != 0u;
+  Floats s = z * -1.95152825e-4f + 8.33216030e-3f;
+  s = s * z - 1.66666552e-1f;
+  s = (s * z + 1.0f) * phi;
+  Floats c = z * 2.43835711e-5f - 1.38866820e-3f;
+  c = c * z + 4.16666195e-2f;
+  c = c * z - 0.5f;
+  c = c * z + 1.0f;
+  c = (Floats)((Words)c ^ (w & 0x80000000u));
+  const Ints swap = (w & 0x40000000u) != 0u;
   const Floats r = radius(high, low);
-  first = r * (Floats)((Words)(odd ? s : c) ^ ((quadrant ^ quadrant << 1) & 0x80000000u));
-  second = r * (Floats)((Words)(odd ? c : s) ^ (quadrant & 0x80000000u));
+  first = r * (swap ? s : c);
+  second = r * (swap ? c : s);
 }
 
 // ---- Storage types
@@ -219,17 +224,19 @@ struct Stored<Float::f16> {
 
 template <Float F, bool ADD, typename T = typename Stored<F>::type>
 INLINE void add_tile(const NoiseStream& s, float sigma, uint64_t counter, const T* x, T* y) {
-  for (int lane = 0; lane < int(BLOCKS_PER_TILE); lane += LANES) {
-    Words w[16];
+  for (int lane = 0; lane < int(BLOCKS_PER_TILE); lane += GROUPS * LANES) {
+    Words w[GROUPS][16];
     chacha20(s, counter + lane, w);
+    for (int g = 0; g < GROUPS; g++) {
 #pragma GCC unroll 5
-    for (int pair = 0; pair < 5; pair++) {
-      Floats z[2];
-      box_muller(w[3 * pair], w[3 * pair + 1], w[3 * pair + 2], z[0], z[1]);
+      for (int pair = 0; pair < 5; pair++) {
+        Floats z[2];
+        box_muller(w[g][3 * pair], w[g][3 * pair + 1], w[g][3 * pair + 2], z[0], z[1]);
 #pragma GCC unroll 2
-      for (int k = 0; k < 2; k++) {
-        const int at = int(BLOCKS_PER_TILE) * (2 * pair + k) + lane;
-        Stored<F>::store(y + at, ADD ? Stored<F>::load(x + at) + sigma * z[k] : sigma * z[k]);
+        for (int k = 0; k < 2; k++) {
+          const int at = int(BLOCKS_PER_TILE) * (2 * pair + k) + lane + g * LANES;
+          Stored<F>::store(y + at, ADD ? Stored<F>::load(x + at) + sigma * z[k] : sigma * z[k]);
+        }
       }
     }
   }
@@ -265,11 +272,11 @@ void add_normals(const NoiseStream& s, float sigma, size_t first_tile, const voi
 
 void keystream(const NoiseStream& s, size_t first_block, uint32_t* y, size_t n) {
   uint64_t counter = s.counter + first_block;
-  for (size_t i = 0; i < n; counter += LANES) {
-    Words w[16];
+  for (size_t i = 0; i < n; counter += GROUPS * LANES) {
+    Words w[GROUPS][16];
     chacha20(s, counter, w);
-    for (int lane = 0; lane < LANES && i < n; lane++)
-      for (int k = 0; k < 16 && i < n; k++) y[i++] = w[k][lane];
+    for (int block = 0; block < GROUPS * LANES && i < n; block++)
+      for (int k = 0; k < 16 && i < n; k++) y[i++] = w[block / LANES][k][block % LANES];
   }
 }
 

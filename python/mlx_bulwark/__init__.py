@@ -3,8 +3,34 @@
 from . import _native
 from ._native import backend
 from .ops.clip import ClipFactors, ClippedNorms, clip_and_sum, clip_factors, clipped_sum, sample_sq_norms
+from .ops.noise import (
+    add_gaussian,
+    advance_counter,
+    bit_blocks_used,
+    blocks_used,
+    gaussian,
+    key_from_seed,
+    random_bits,
+    random_key,
+)
 
-__all__ = ["ClipFactors", "ClippedNorms", "backend", "clip_and_sum", "clip_factors", "clipped_sum", "sample_sq_norms"]
+__all__ = [
+    "ClipFactors",
+    "ClippedNorms",
+    "add_gaussian",
+    "advance_counter",
+    "backend",
+    "bit_blocks_used",
+    "blocks_used",
+    "clip_and_sum",
+    "clip_factors",
+    "clipped_sum",
+    "gaussian",
+    "key_from_seed",
+    "random_bits",
+    "random_key",
+    "sample_sq_norms",
+]
 __version__ = "0.1.0"
 
 _native.use_from_environment()
