@@ -8,21 +8,45 @@
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/ops.h"
+#include "noise/normals.h"
 
 namespace bulwark {
 // Columns are the values of one sample over all leaves. How work is split depends on shapes alone, so that results do
 // not depend on the number of threads.
-static constexpr size_t TASK_COLUMNS = 5120;  // a multiple of NORMALS_PER_TILE
+static constexpr size_t TASK_COLUMNS = 16 * NORMALS_PER_TILE;
 static constexpr size_t FEW_COLUMNS = 65536;  // below it the batch is split too, in chunks of at least
 static constexpr size_t CHUNK_ROWS = 32;
 static constexpr size_t UNIT_BYTES = 128 << 10;
 static constexpr size_t GROUP_BYTES = 8 << 20;  // of rows that stay in the last-level cache from norm to sum
+
+static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+
+// What the last rows' sums get on top; nothing where sigma is null.
+struct Noise {
+  const float* sigma = nullptr;
+  const uint32_t* key = nullptr;
+  const uint32_t* counter = nullptr;
+
+  // From inputs that end with sigma, key and counter.
+  Noise(const Arrays& in, bool noisy) {
+    if (!noisy) return;
+    auto* at = &in[in.size() - 3];
+    sigma = at[0].data<float>(), key = at[1].data<uint32_t>(), counter = at[2].data<uint32_t>();
+  }
+
+  void add(uint64_t first_block, size_t first_tile, float* y, size_t n) const {
+    NoiseStream s{.key = {}, .counter = counter[0] + (uint64_t(counter[1]) << 32) + first_block, .domain = {1, 0}};
+    std::copy(key, key + 8, s.key);
+    add_normals(s, *sigma, first_tile, y, y, n);
+  }
+};
 
 struct Leaf {
   const char* x;
   float* y;
   size_t columns, item;
   int type;
+  uint64_t first_block;  // of its noise, counted from that of the first leaf
 };
 
 // A run of columns inside one leaf; `scratch` is the number of columns in the leaves and pieces before.
@@ -38,12 +62,14 @@ struct Work {
 
   Work(const Arrays& in, size_t leaves_in, size_t batch) : batch(batch) {
     size_t held = 0;
+    uint64_t blocks = 0;
     for (size_t i = 0; i < leaves_in; i++) {
       auto& g = in[i];
       size_t n = 1;
       for (size_t d = 1; d < g.ndim(); d++) n *= g.shape(d);
       int type = g.dtype() == mx::float32 ? 0 : g.dtype() == mx::float16 ? 1 : 2;
-      leaves.push_back({g.size() ? g.data<char>() : nullptr, nullptr, n, g.itemsize(), type});
+      leaves.push_back({g.size() ? g.data<char>() : nullptr, nullptr, n, g.itemsize(), type, blocks});
+      blocks += ceil_div(n, NORMALS_PER_TILE) * BLOCKS_PER_TILE;
       for (size_t at = 0; at < n; at += TASK_COLUMNS) {
         size_t m = std::min(TASK_COLUMNS, n - at);
         if (held && held + m > TASK_COLUMNS) {
@@ -63,8 +89,6 @@ struct Work {
   size_t chunk() const { return std::max(CHUNK_ROWS, UNIT_BYTES / 4 / std::max<size_t>(columns, 1)); }
   bool chunked() const { return columns < FEW_COLUMNS && batch > chunk(); }
 };
-
-static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
 // Squared norms of the rows [from, to).
 static void sq_norms(const Work& w, size_t from, size_t to, std::vector<double>& parts, float* out) {
@@ -90,6 +114,7 @@ static void sq_norms(const Work& w, size_t from, size_t to, std::vector<double>&
 
 static void add_rows(const Work& w, const Piece& piece, size_t from, size_t to, const float* factors, float* y,
                      size_t ahead) {
+  if (from == to) return;  // an empty batch has no data to point into
   auto& leaf = w.leaves[piece.leaf];
   BULWARK_PICK(clip_kernels)
       .add_rows[leaf.type](leaf.x + (from * leaf.columns + piece.at) * leaf.item, leaf.columns, to - from,
@@ -99,7 +124,7 @@ static void add_rows(const Work& w, const Piece& piece, size_t from, size_t to, 
 // Adds the rows [from, to) to what the rows before have left in the leaves' y: one after another, or, where the batch
 // is split, in whole chunks whose sums are added one after another.
 static void add_to_sums(const Work& w, size_t from, size_t to, const float* factors, std::vector<float>& scratch,
-                        size_t ahead) {
+                        size_t ahead, const Noise& noise) {
   size_t tasks = w.tasks(), chunks = w.chunked() ? ceil_div(to - from, w.chunk()) : 0;
   scratch.assign(chunks * w.columns, 0.0f);
   parallel_for(chunks * tasks, [&](size_t unit) {
@@ -116,6 +141,8 @@ static void add_to_sums(const Work& w, size_t from, size_t to, const float* fact
       if (!w.chunked()) add_rows(w, piece, from, to, factors, y, ahead);
       for (size_t c = 0; c < chunks; c++)
         for (size_t i = 0; i < piece.n; i++) y[i] += scratch[c * w.columns + piece.scratch + i];
+      if (noise.sigma && to == w.batch)
+        noise.add(w.leaves[piece.leaf].first_block, piece.at / NORMALS_PER_TILE, y, piece.n);
     }
   });
 }
@@ -164,7 +191,7 @@ std::vector<mx::Shape> ClippedSum::output_shapes(const Arrays& in) { return sum_
 static void refuse_repeated_noise(const char* op, bool noisy, const std::vector<int>& axes) {
   if (noisy && axes.back() < 0)
     throw std::invalid_argument(std::string("[") + op +
-                                "] vmap over noise must map the counter, or every copy gets the same noise");
+                                "] counter must be batched under vmap, or every copy gets the same noise");
 }
 
 std::pair<Arrays, std::vector<int>> ClippedSum::vmap(const Arrays& in, const std::vector<int>& axes) {
@@ -177,10 +204,11 @@ void ClippedSum::cpu(const Arrays& in, Arrays& out) {
   auto& factors = in[leaves(in)];
   Work w(in, leaves(in), factors.size());
   for (size_t i = 0; i < out.size(); i++) w.leaves[i].y = out[i].data<float>();
-  mx::cpu::get_command_encoder(stream()).dispatch([w = std::move(w), f = factors.data<float>()] {
-    std::vector<float> scratch;
-    add_to_sums(w, 0, w.batch, f, scratch, 4);
-  });
+  mx::cpu::get_command_encoder(stream()).dispatch(
+      [w = std::move(w), noise = Noise(in, noisy_), f = factors.data<float>()] {
+        std::vector<float> scratch;
+        add_to_sums(w, 0, w.batch, f, scratch, 4, noise);
+      });
 }
 
 Arrays clip_and_sum(const Arrays& grads, const mx::array& max_grad_norm, const std::string& mode, const Arrays& mask,
@@ -230,9 +258,9 @@ void ClipAndSum::cpu(const Arrays& in, Arrays& out) {
   for (size_t i = 0; i < leaves; i++) w.leaves[i].y = out[i].data<float>();
   const bool* mask = masked_ ? in[leaves + 1].data<bool>() : nullptr;
   mx::cpu::get_command_encoder(stream()).dispatch(
-      [w = std::move(w), mask, automatic = automatic_, max_grad_norm = in[leaves].data<float>(),
-       norms = out[leaves].data<float>(), factors = out[leaves + 1].data<float>(),
-       refused = out[leaves + 2].data<int32_t>()] {
+      [w = std::move(w), noise = Noise(in, noisy_), mask, automatic = automatic_,
+       max_grad_norm = in[leaves].data<float>(), norms = out[leaves].data<float>(),
+       factors = out[leaves + 1].data<float>(), refused = out[leaves + 2].data<int32_t>()] {
         std::vector<double> parts;
         std::vector<float> scratch;
         size_t group = std::max<size_t>(1, GROUP_BYTES / std::max<size_t>(w.row_bytes, 1));
@@ -247,7 +275,7 @@ void ClipAndSum::cpu(const Arrays& in, Arrays& out) {
             *refused += counts && !finite;
             factors[b] = counts ? clip_factor(norms[b], *max_grad_norm, automatic, finite) : 0;
           }
-          add_to_sums(w, from, to, factors, scratch, group);
+          add_to_sums(w, from, to, factors, scratch, group, noise);
           from = to;
         } while (from < w.batch);
       });

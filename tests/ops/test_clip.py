@@ -358,11 +358,106 @@ def test_streams(backend):
     assert_sum(bw.clipped_sum(x, factors, stream=s), x, factors)
 
 
+KEY = bw.key_from_seed(7)
+
+
+def noisy_leaves():
+    return [
+        rand((5, 5121)),
+        rand((5, 0), seed=1),
+        rand((5, 3, 2), mx.float16, 2),
+        rand((5,), seed=3),
+        rand((5, 641), seed=4),
+    ]
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1e-3, 2.5])
+@pytest.mark.parametrize("shapes", [None, [(0, 1000), (0, 3)], [(3000, 7), (3000, 330)], [(70, 70001)]])
+def test_noise_is_that_of_add_gaussian(backend, sigma, shapes):
+    leaves = [rand(s, seed=i) for i, s in enumerate(shapes)] if shapes else noisy_leaves()
+    counter = mx.array([2**32 - 40, 5], mx.uint32)  # the low word overflows on the way
+    plain, found = bw.clip_and_sum(leaves, 1.0)
+    want = [bits(a) for a in bw.add_gaussian(plain, sigma, KEY, counter)]
+    assert [bits(a) for a in bw.clipped_sum(leaves, found.factors, sigma, KEY, counter)] == want
+    fused, again = bw.clip_and_sum(leaves, 1.0, sigma=mx.array(sigma), key=KEY, counter=2**32 - 40 + (5 << 32))
+    assert [bits(a) for a in fused] == want
+    assert [bits(a) for a in again] == [bits(a) for a in found]
+    assert sigma == 0 or bits(fused[0]) != bits(plain[0])
+
+
+def test_noise_of_zero_gradients(backend):
+    """Mean and standard deviation within 5 standard errors: false alarm in 1 of 1e6 runs, were the key not fixed."""
+    n = 200000
+    sums, found = bw.clip_and_sum(mx.zeros((4, n)), 1.0, sigma=3.0, key=KEY, counter=0)
+    assert found.factors.tolist() == [1.0] * 4
+    z = np64(sums) / 3
+    assert abs(z.mean()) < 5 / np.sqrt(n)
+    assert abs(z.std() - 1) < 5 / np.sqrt(2 * n)
+
+
+def test_compiled_noise_takes_key_counter_and_sigma_as_inputs(backend):
+    g, f = mx.zeros((3, 300)), mx.ones((3,))
+    step = mx.compile(
+        lambda g, s, k, n: (bw.clipped_sum(g, f, s, k, n), bw.clip_and_sum(g, 1.0, "flat", None, s, k, n)[0])
+    )
+    counters = [mx.array([n, 0], mx.uint32) for n in (0, 32, 0)]
+    first, second, again = (step(g, mx.array(2.0), KEY, n) for n in counters)
+    assert (np.array(first[0]) != np.array(second[0])).all()
+    for a, b, n in ((first, again, 0), (second, second, 32)):
+        want = np64(bw.gaussian((300,), 2.0, KEY, n))
+        for x in (*a, *b):
+            np.testing.assert_allclose(np64(x), want, rtol=1e-6)
+    other = step(g, mx.array(2.0), bw.key_from_seed(8), counters[0])
+    assert (np.array(first[0]) != np.array(other[0])).all()
+
+
+def test_vmap_never_repeats_noise(backend):
+    x, f, n = rand((2, 4, 90)), mx.ones((4,)), mx.array([[0, 0], [32, 0]], mx.uint32)
+    for op in (
+        lambda g, n: bw.clipped_sum(g, f, 1.0, KEY, n),
+        lambda g, n: bw.clip_and_sum(g, INF, "flat", None, 1.0, KEY, n)[0],
+    ):
+        with pytest.raises(ValueError, match="counter must be batched under vmap"):
+            mx.eval(mx.vmap(lambda g, op=op: op(g, n[0]))(x))
+        out = mx.vmap(op)(x, n)
+        for i in range(2):
+            np.testing.assert_allclose(np64(out[i]), np64(op(x[i], n[i])), rtol=1e-5, atol=1e-5)
+        dg = mx.vmap(mx.grad(lambda g, n, op=op: op(g, n).sum()))(x, n)
+        np.testing.assert_allclose(np64(dg), 1, rtol=1e-5)
+
+
+def test_grad_through_the_noise(backend):
+    g, f = rand((4, 7)), mx.abs(rand((4,), seed=1))
+    dg, ds = mx.grad(lambda g, s: bw.clipped_sum(g, f, s, KEY, 3).sum(), argnums=(0, 1))(g, mx.array(2.0))
+    np.testing.assert_allclose(np64(dg), np.outer(np64(f), np.ones(7)), rtol=1e-5)
+    np.testing.assert_allclose(np64(ds), np64(bw.gaussian((7,), 1.0, KEY, 3)).sum(), rtol=1e-5)
+
+
+def test_bad_noise(backend):
+    g, f = mx.zeros((2, 3)), mx.ones((2,))
+    for noise, says in [
+        ((1.0,), r"\[clipped_sum\] sigma, key and counter must be given together but key and counter is None"),
+        ((1.0, KEY), "but counter is None"),
+        ((None, KEY, 0), "but sigma is None"),
+        ((-1.0, KEY, 0), r"\[clipped_sum\] sigma must be"),
+        ((NAN, KEY, 0), "sigma must be"),
+        ((1.0, mx.zeros((4,), mx.uint32), 0), "key must be"),
+        ((1.0, KEY, -1), "counter must"),
+        ((1.0, KEY, 2**64 - 31), "counter must"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            bw.clipped_sum(g, f, *noise)
+        with pytest.raises(ValueError, match=says.replace("clipped_sum", "clip_and_sum")):
+            bw.clip_and_sum(g, 1.0, "flat", None, *noise)
+    assert np.isnan(np.array(bw.clipped_sum(g, f, mx.array(-1.0), KEY, 0))).all()
+
+
 def everything():
     mixed = [rand((37, 70001)), rand((37, 100), mx.float16, 1), rand((37,), mx.bfloat16, 2)]
     for leaves in (mixed, [rand((5003, 7), seed=3)], [rand((70, 3), seed=i) for i in range(200)]):
         sums, found = bw.clip_and_sum(leaves, 1.0)
         yield from (*sums, found.sq_norms, found.factors)
+        yield from bw.clip_and_sum(leaves, 1.0, sigma=1.0, key=KEY, counter=0)[0]
         yield from bw.clipped_sum(leaves, found.factors)
         yield bw.sample_sq_norms(leaves)
 

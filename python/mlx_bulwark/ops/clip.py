@@ -11,6 +11,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from .. import _native
 from .._native import Stream
+from . import noise
+from .noise import Counter
 
 FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 MODES = ("flat", "automatic")
@@ -138,28 +140,45 @@ def _factors(sq_norms: mx.array, bound: mx.array, mode: str, mask: mx.array | No
     return ClipFactors(mx.where(kept, factors, 0.0), mx.sum(counts & ~finite).astype(mx.int32))
 
 
-def clipped_sum(grads: Any, factors: mx.array, *, stream: Stream = None) -> Any:
-    """Sum of all samples, each times its factor, over a gradient tree.
+def clipped_sum(
+    grads: Any,
+    factors: mx.array,
+    sigma: float | mx.array | None = None,
+    key: mx.array | None = None,
+    counter: Counter | None = None,
+    *,
+    stream: Stream = None,
+) -> Any:
+    """Sum of all samples, each times its factor, over a gradient tree, and Gaussian noise on top.
 
-    A sample with factor 0 is skipped, whatever it holds: NaN in it reaches neither the sum nor a derivative.
+    A sample with factor 0 is skipped, whatever it holds: NaN in it reaches neither the sum nor a derivative. The noise
+    is that of ``add_gaussian``, to the bit, and so are its rules: a counter serves once.
 
     Args:
         grads: Per-sample gradients: an array ``[B, ...]`` or a tree (dict, list, tuple) of them; float32, float16 or
             bfloat16, also mixed.
         factors: ``[B]``, float32, as of ``clip_factors``.
+        sigma: Standard deviation of Gaussian noise that is added to the sums, as of ``add_gaussian``; with ``key`` and
+            ``counter``, or none of the three.
+        key: uint32 ``[8]``, from ``random_key``.
+        counter: First block: an integer in [0, 2^64) or a uint32 array ``[2]``, low word first. Leaf i starts at
+            ``counter + blocks_used(sums before i)``; advance it by ``blocks_used(sums)`` before the next draw.
         stream: Stream or device.
 
     Returns:
-        The tree with ``[...]`` float32 in place of every leaf: ``sum_b factors[b] * grads[b]``.
+        The tree with ``[...]`` float32 in place of every leaf: ``sum_b factors[b] * grads[b] + sigma * z``.
 
     Raises:
-        ValueError: There is no leaf, or a leaf or ``factors`` has another shape or dtype.
+        ValueError: There is no leaf, a leaf or another argument has a wrong shape, dtype or value, or ``vmap`` maps
+            something but the counter of the noise.
 
     Example:
         >>> import mlx.core as mx
         >>> import mlx_bulwark as bw
-        >>> bw.clipped_sum({"weight": mx.array([[1.0, 2.0], [0.0, 3.0]])}, mx.array([1.0, 0.5]))
+        >>> grads = {"weight": mx.array([[1.0, 2.0], [0.0, 3.0]])}
+        >>> bw.clipped_sum(grads, mx.array([1.0, 0.5]))
         {'weight': array([1, 3.5], dtype=float32)}
+        >>> noisy = bw.clipped_sum(grads, mx.array([1.0, 0.5]), sigma=0.1, key=bw.random_key(), counter=0)
 
     Source:
         Abadi et al., "Deep Learning with Differential Privacy" (2016), algorithm 1.
@@ -171,14 +190,23 @@ def clipped_sum(grads: Any, factors: mx.array, *, stream: Stream = None) -> Any:
             f"[clipped_sum] factors must have shape [{batch}] and dtype float32 "
             f"but has shape {list(factors.shape)} and dtype {factors.dtype}"
         )
+    drawn = _noise("clipped_sum", leaves, sigma, key, counter)
     with _on(stream):
         factors = factors.astype(mx.float32)
     if _native.runs_native(stream):
-        return _tree_like(grads, _native.ext.clipped_sum(leaves, factors, [], stream))
-    return clipped_sum_reference(grads, factors, stream=stream)
+        return _tree_like(grads, _native.ext.clipped_sum(leaves, factors, drawn, stream))
+    return clipped_sum_reference(grads, factors, *drawn, stream=stream)
 
 
-def clipped_sum_reference(grads: Any, factors: mx.array, *, stream: Stream = None) -> Any:
+def clipped_sum_reference(
+    grads: Any,
+    factors: mx.array,
+    sigma: mx.array | None = None,
+    key: mx.array | None = None,
+    counter: mx.array | None = None,
+    *,
+    stream: Stream = None,
+) -> Any:
     """The same as ``clipped_sum`` in plain MLX ops."""
 
     def one(g: mx.array) -> mx.array:
@@ -187,7 +215,10 @@ def clipped_sum_reference(grads: Any, factors: mx.array, *, stream: Stream = Non
         return _sum_of_rows(f * kept)
 
     with _on(stream):
-        return tree_map(one, grads)
+        sums = tree_map(one, grads)
+        if sigma is None or key is None or counter is None:
+            return sums
+        return noise.add_gaussian_reference(sums, sigma, key, counter)
 
 
 def clip_and_sum(
@@ -195,10 +226,15 @@ def clip_and_sum(
     max_grad_norm: float | mx.array,
     mode: str = "flat",
     mask: mx.array | None = None,
+    sigma: float | mx.array | None = None,
+    key: mx.array | None = None,
+    counter: Counter | None = None,
     *,
     stream: Stream = None,
 ) -> tuple[Any, ClippedNorms]:
     """Clip every sample and sum: ``sample_sq_norms``, ``clip_factors`` and ``clipped_sum`` in one pass over memory.
+
+    The same bits as the three ops one after another.
 
     Args:
         grads: Per-sample gradients: an array ``[B, ...]`` or a tree (dict, list, tuple) of them; float32, float16 or
@@ -206,11 +242,16 @@ def clip_and_sum(
         max_grad_norm: As of ``clip_factors``.
         mode: As of ``clip_factors``.
         mask: As of ``clip_factors``.
+        sigma: Standard deviation of Gaussian noise that is added to the sums, as of ``add_gaussian``; with ``key`` and
+            ``counter``, or none of the three.
+        key: uint32 ``[8]``, from ``random_key``.
+        counter: First block: an integer in [0, 2^64) or a uint32 array ``[2]``, low word first. Leaf i starts at
+            ``counter + blocks_used(sums before i)``; advance it by ``blocks_used(sums)`` before the next draw.
         stream: Stream or device.
 
     Returns:
         tuple: The tree of sums as of ``clipped_sum``, and ``ClippedNorms``: ``sq_norms`` and ``factors`` ``[B]``
-        float32, ``num_refused`` int32. The same bits as the three ops one after another.
+        float32, ``num_refused`` int32. Norms, factors and the count depend on data and carry no noise.
 
     Raises:
         ValueError: An argument is not as above.
@@ -228,20 +269,30 @@ def clip_and_sum(
     leaves = _leaves("clip_and_sum", grads)
     bound = _bound("clip_and_sum", max_grad_norm, mode)
     _check_mask("clip_and_sum", mask, leaves[0].shape[0])
+    drawn = _noise("clip_and_sum", leaves, sigma, key, counter)
     if _native.runs_native(stream):
-        out = _native.ext.clip_and_sum(leaves, bound, mode, [] if mask is None else [mask], [], stream)
+        out = _native.ext.clip_and_sum(leaves, bound, mode, [] if mask is None else [mask], drawn, stream)
         return _tree_like(grads, out[: len(leaves)]), ClippedNorms(*out[len(leaves) :])
-    return clip_and_sum_reference(grads, bound, mode, mask, stream=stream)
+    return clip_and_sum_reference(grads, bound, mode, mask, *drawn, stream=stream)
 
 
 def clip_and_sum_reference(
-    grads: Any, max_grad_norm: mx.array, mode: str = "flat", mask: mx.array | None = None, *, stream: Stream = None
+    grads: Any,
+    max_grad_norm: mx.array,
+    mode: str = "flat",
+    mask: mx.array | None = None,
+    sigma: mx.array | None = None,
+    key: mx.array | None = None,
+    counter: mx.array | None = None,
+    *,
+    stream: Stream = None,
 ) -> tuple[Any, ClippedNorms]:
     """The same as ``clip_and_sum`` in plain MLX ops."""
     with _on(stream):
         sq_norms = sample_sq_norms_reference(grads)
         factors, num_refused = _factors(sq_norms, max_grad_norm, mode, mask)
-        return clipped_sum_reference(grads, factors), ClippedNorms(sq_norms, factors, num_refused)
+        sums = clipped_sum_reference(grads, factors, sigma, key, counter)
+        return sums, ClippedNorms(sq_norms, factors, num_refused)
 
 
 @_native.reference("sample_sq_norms")
@@ -249,21 +300,42 @@ def _sample_sq_norms(arrays: list[mx.array], stream: Any) -> list[mx.array]:
     return [sample_sq_norms_reference(arrays, stream=stream)]
 
 
-@_native.reference("clipped_sum")
-def _clipped_sum(arrays: list[mx.array], stream: Any) -> list[mx.array]:
-    sums: list[mx.array] = clipped_sum_reference(arrays[:-1], arrays[-1], stream=stream)
+def _clipped_sum(arrays: list[mx.array], stream: Any, noisy: bool) -> list[mx.array]:
+    arrays, drawn = _split(arrays, 3 * noisy)
+    sums: list[mx.array] = clipped_sum_reference(arrays[:-1], arrays[-1], *drawn, stream=stream)
     return sums
 
 
-def _clip_and_sum(arrays: list[mx.array], stream: Any, mode: str, masked: bool) -> list[mx.array]:
-    mask = arrays[-1] if masked else None
-    *leaves, bound = arrays[:-1] if masked else arrays
-    sums, norms = clip_and_sum_reference(leaves, bound, mode, mask, stream=stream)
+def _clip_and_sum(arrays: list[mx.array], stream: Any, mode: str, masked: bool, noisy: bool) -> list[mx.array]:
+    arrays, drawn = _split(arrays, 3 * noisy)
+    arrays, masks = _split(arrays, masked)
+    mask = masks[0] if masked else None
+    sums, norms = clip_and_sum_reference(arrays[:-1], arrays[-1], mode, mask, *drawn, stream=stream)
     return [*sums, *norms]
 
 
-for _mode, _masked in itertools.product(MODES, (False, True)):
-    _native.reference(f"clip_and_sum_{_mode}{'_masked' * _masked}")(partial(_clip_and_sum, mode=_mode, masked=_masked))
+def _split(arrays: list[mx.array], last: int) -> tuple[list[mx.array], list[mx.array]]:
+    return arrays[: len(arrays) - last], arrays[len(arrays) - last :]
+
+
+for _noisy in (False, True):
+    _suffix = "_noisy" * _noisy
+    _native.reference(f"clipped_sum{_suffix}")(partial(_clipped_sum, noisy=_noisy))
+    for _mode, _masked in itertools.product(MODES, (False, True)):
+        _native.reference(f"clip_and_sum_{_mode}{'_masked' * _masked}{_suffix}")(
+            partial(_clip_and_sum, mode=_mode, masked=_masked, noisy=_noisy)
+        )
+
+
+def _noise(op: str, leaves: list[mx.array], sigma: Any, key: Any, counter: Any) -> list[mx.array]:
+    given = {"sigma": sigma, "key": key, "counter": counter}
+    missing = [name for name, value in given.items() if value is None]
+    if len(missing) == 3:
+        return []
+    if missing:
+        raise ValueError(f"[{op}] sigma, key and counter must be given together but {' and '.join(missing)} is None")
+    blocks = sum(noise.blocks_used(g.shape[1:]) for g in leaves)
+    return list(noise._noise(op, sigma, key, counter, blocks))
 
 
 def _on(stream: Stream) -> contextlib.AbstractContextManager[Any]:
