@@ -245,10 +245,10 @@ std::pair<Arrays, std::vector<int>> ClipAndSum::vmap(const Arrays& in, const std
 // The formula of clip_factors in ops/clip.py; `finite` is false for a sample that is refused.
 static float clip_factor(float sq_norm, float max_grad_norm, bool automatic, bool finite) {
   if (!finite) return 0;
-  float n = std::sqrt(sq_norm);
+  float n = sq_norm > 0 ? std::sqrt(sq_norm) : 0;
   if (automatic) return max_grad_norm / (n + 0.01f);
-  float f = max_grad_norm / (n + 1e-6f);
-  return f > 1 ? 1 : f;
+  n += 1e-6f;
+  return max_grad_norm >= n ? 1 : max_grad_norm / n;
 }
 
 void ClipAndSum::cpu(const Arrays& in, Arrays& out) {

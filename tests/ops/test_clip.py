@@ -15,6 +15,7 @@ DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 SIZES = [0, 1, 31, 33, 1000003]
 RTOL = 1e-5  # of a norm, and of the sum of absolute contributions
 NAN, INF = float("nan"), float("inf")
+KEY = bw.key_from_seed(7)
 
 
 def rand(shape, dtype=mx.float32, seed=0):
@@ -338,6 +339,21 @@ def test_grad_through_the_clip(backend):
     np.testing.assert_allclose(np64(got), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("c", "mode"), [(INF, "flat"), (1.0, "flat"), (0.5, "automatic")])
+def test_grad_through_the_clip_of_small_gradients(backend, c, mode):
+    g, w = mx.array([[0.0, 0.0], [0.3, -0.4]]), mx.array([2.0, 3.0])
+    got = np64(mx.grad(lambda g: (bw.clip_and_sum(g, c, mode)[0] * w).sum())(g))
+    np.testing.assert_allclose(got[0], np64(w) * (50 if mode == "automatic" else 1), rtol=1e-5)
+    if mode == "flat":
+        np.testing.assert_allclose(got[1], np64(w), rtol=1e-6)
+    assert np.isfinite(got).all()
+
+
+def test_bound_that_is_not_a_number_is_loud(backend):
+    assert np.isnan(np.array(bw.clip_factors(mx.array([0.0, 4.0]), mx.array(NAN)).factors)).all()
+    assert np.isnan(np.array(bw.clip_and_sum(mx.ones((2, 3)), mx.array(NAN))[0])).all()
+
+
 def test_nan_reaches_no_derivative(backend):
     g = mx.array([[1.0, 2.0], [NAN, INF]])
     dg, df = mx.grad(lambda g, f: bw.clipped_sum(g, f).sum(), argnums=(0, 1))(g, mx.array([0.5, 0.0]))
@@ -356,9 +372,6 @@ def test_streams(backend):
     assert bits(found.factors) == bits(factors)
     assert_sum(sums, x, factors)
     assert_sum(bw.clipped_sum(x, factors, stream=s), x, factors)
-
-
-KEY = bw.key_from_seed(7)
 
 
 def noisy_leaves():

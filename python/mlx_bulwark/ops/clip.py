@@ -135,8 +135,14 @@ def _factors(sq_norms: mx.array, bound: mx.array, mode: str, mask: mx.array | No
     counts = mx.ones_like(sq_norms, dtype=mx.bool_) if mask is None else mask
     finite = mx.isfinite(sq_norms)
     kept = counts & finite
-    norms = mx.sqrt(mx.maximum(mx.where(kept, sq_norms, 0.0), 0.0))
-    factors = bound / (norms + 0.01) if mode == "automatic" else mx.minimum(bound / (norms + 1e-6), 1.0)
+    positive = kept & (sq_norms > 0)
+    # Branches that are not taken hold harmless values too: 0 times their derivative must not be NaN.
+    norms = mx.where(positive, mx.sqrt(mx.where(positive, sq_norms, 1.0)), 0.0)
+    if mode == "automatic":
+        factors = bound / (norms + 0.01)
+    else:
+        norms = norms + 1e-6
+        factors = mx.where(bound >= norms, 1.0, mx.where(bound == math.inf, 1.0, bound) / norms)
     return ClipFactors(mx.where(kept, factors, 0.0), mx.sum(counts & ~finite).astype(mx.int32))
 
 
