@@ -1,5 +1,7 @@
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <thread>
 
 #include "clip/clip.h"
 #include "clip/clip_simd.h"
@@ -13,15 +15,17 @@
 namespace bulwark {
 // Columns are the values of one sample over all leaves. How work is split depends on shapes alone, so that results do
 // not depend on the number of threads.
-static constexpr size_t TASK_COLUMNS = 16 * NORMALS_PER_TILE;
+static constexpr size_t LEAST_TASK_COLUMNS = 16 * NORMALS_PER_TILE;
+static constexpr size_t MOST_TASK_COLUMNS = 64 * NORMALS_PER_TILE;
+static constexpr size_t WANTED_TASKS = 64;
 static constexpr size_t FEW_COLUMNS = 65536;  // below it the batch is split too, in chunks of at least
 static constexpr size_t CHUNK_ROWS = 32;
 static constexpr size_t UNIT_BYTES = 128 << 10;
-static constexpr size_t GROUP_BYTES = 8 << 20;  // of rows that stay in the last-level cache from norm to sum
+static constexpr size_t GROUP_BYTES = 4 << 20;  // of rows that stay in the last-level cache from norm to sum
 
 static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
-// What the last rows' sums get on top; nothing where sigma is null.
+// What the sums get on top after the last row; nothing where sigma is null.
 struct Noise {
   const float* sigma = nullptr;
   const uint32_t* key = nullptr;
@@ -35,6 +39,7 @@ struct Noise {
   }
 
   void add(uint64_t first_block, size_t first_tile, float* y, size_t n) const {
+    if (!sigma) return;
     NoiseStream s{.key = {}, .counter = counter[0] + (uint64_t(counter[1]) << 32) + first_block, .domain = {1, 0}};
     std::copy(key, key + 8, s.key);
     add_normals(s, *sigma, first_tile, y, y, n);
@@ -61,7 +66,6 @@ struct Work {
   size_t batch = 0, columns = 0, row_bytes = 0;
 
   Work(const Arrays& in, size_t leaves_in, size_t batch) : batch(batch) {
-    size_t held = 0;
     uint64_t blocks = 0;
     for (size_t i = 0; i < leaves_in; i++) {
       auto& g = in[i];
@@ -70,17 +74,23 @@ struct Work {
       int type = g.dtype() == mx::float32 ? 0 : g.dtype() == mx::float16 ? 1 : 2;
       leaves.push_back({g.size() ? g.data<char>() : nullptr, nullptr, n, g.itemsize(), type, blocks});
       blocks += ceil_div(n, NORMALS_PER_TILE) * BLOCKS_PER_TILE;
-      for (size_t at = 0; at < n; at += TASK_COLUMNS) {
-        size_t m = std::min(TASK_COLUMNS, n - at);
-        if (held && held + m > TASK_COLUMNS) {
+      columns += n;
+      row_bytes += n * g.itemsize();
+    }
+    size_t most =
+        std::clamp(columns / WANTED_TASKS / NORMALS_PER_TILE * NORMALS_PER_TILE, LEAST_TASK_COLUMNS, MOST_TASK_COLUMNS);
+    size_t before = 0, held = 0;
+    for (size_t i = 0; i < leaves_in; i++) {
+      for (size_t at = 0; at < leaves[i].columns; at += most) {
+        size_t n = std::min(most, leaves[i].columns - at);
+        if (held && held + n > most) {
           task.push_back(pieces.size());
           held = 0;
         }
-        pieces.push_back({i, at, m, columns + at});
-        held += m;
+        pieces.push_back({i, at, n, before + at});
+        held += n;
       }
-      columns += n;
-      row_bytes += n * g.itemsize();
+      before += leaves[i].columns;
     }
     if (held) task.push_back(pieces.size());
   }
@@ -90,26 +100,34 @@ struct Work {
   bool chunked() const { return columns < FEW_COLUMNS && batch > chunk(); }
 };
 
+// Adds the part of a task's columns to the squared norms of `rows` rows; parts is [batch, tasks].
+static void measure(const Work& w, size_t t, size_t from, size_t rows, std::vector<double>& parts) {
+  for (size_t p = w.task[t]; p < w.task[t + 1]; p++) {
+    auto& piece = w.pieces[p];
+    auto& leaf = w.leaves[piece.leaf];
+    BULWARK_PICK(clip_kernels)
+        .add_sq_norms[leaf.type](leaf.x + (from * leaf.columns + piece.at) * leaf.item, leaf.columns, rows, piece.n,
+                                 &parts[from * w.tasks() + t], w.tasks());
+  }
+}
+
+static void finish(const Work& w, size_t from, size_t to, const std::vector<double>& parts, float* out) {
+  for (size_t r = from; r < to; r++) {
+    double sum = 0;
+    for (size_t t = 0; t < w.tasks(); t++) sum += parts[r * w.tasks() + t];
+    out[r] = float(sum);
+  }
+}
+
 // Squared norms of the rows [from, to).
 static void sq_norms(const Work& w, size_t from, size_t to, std::vector<double>& parts, float* out) {
   size_t rows = to - from, tasks = w.tasks();
   size_t step = std::max<size_t>(1, UNIT_BYTES * std::max<size_t>(tasks, 1) / std::max<size_t>(w.row_bytes, 1));
-  parts.assign(rows * tasks, 0.0);
   parallel_for(ceil_div(rows, step) * tasks, [&](size_t unit) {
-    size_t t = unit % tasks, r = unit / tasks * step, n = std::min(step, rows - r);
-    for (size_t p = w.task[t]; p < w.task[t + 1]; p++) {
-      auto& piece = w.pieces[p];
-      auto& leaf = w.leaves[piece.leaf];
-      BULWARK_PICK(clip_kernels)
-          .add_sq_norms[leaf.type](leaf.x + ((from + r) * leaf.columns + piece.at) * leaf.item, leaf.columns, n,
-                                   piece.n, &parts[r * tasks + t], tasks);
-    }
+    size_t r = unit / tasks * step;
+    measure(w, unit % tasks, from + r, std::min(step, rows - r), parts);
   });
-  for (size_t r = 0; r < rows; r++) {
-    double sum = 0;
-    for (size_t t = 0; t < tasks; t++) sum += parts[r * tasks + t];
-    out[r] = float(sum);
-  }
+  finish(w, from, to, parts, out);
 }
 
 static void add_rows(const Work& w, const Piece& piece, size_t from, size_t to, const float* factors, float* y,
@@ -121,11 +139,23 @@ static void add_rows(const Work& w, const Piece& piece, size_t from, size_t to, 
                            factors + from, y, piece.n, ahead, w.batch - from);
 }
 
-// Adds the rows [from, to) to what the rows before have left in the leaves' y: one after another, or, where the batch
-// is split, in whole chunks whose sums are added one after another.
-static void add_to_sums(const Work& w, size_t from, size_t to, const float* factors, std::vector<float>& scratch,
-                        size_t ahead, const Noise& noise) {
-  size_t tasks = w.tasks(), chunks = w.chunked() ? ceil_div(to - from, w.chunk()) : 0;
+// Adds a task's columns of the rows [from, to), one after another, to what the rows before have left in the leaves' y.
+static void add_task(const Work& w, size_t t, size_t from, size_t to, const float* factors, size_t ahead,
+                     const Noise& noise) {
+  for (size_t p = w.task[t]; p < w.task[t + 1]; p++) {
+    auto& piece = w.pieces[p];
+    auto& leaf = w.leaves[piece.leaf];
+    float* y = leaf.y + piece.at;
+    if (from == 0) std::memset(y, 0, piece.n * sizeof(float));
+    add_rows(w, piece, from, to, factors, y, ahead);
+    if (to == w.batch) noise.add(leaf.first_block, piece.at / NORMALS_PER_TILE, y, piece.n);
+  }
+}
+
+// The same for whole chunks, whose sums are added one after another.
+static void add_chunks(const Work& w, size_t from, size_t to, const float* factors, std::vector<float>& scratch,
+                       const Noise& noise) {
+  size_t tasks = w.tasks(), chunks = ceil_div(to - from, w.chunk());
   scratch.assign(chunks * w.columns, 0.0f);
   parallel_for(chunks * tasks, [&](size_t unit) {
     size_t c = unit / tasks, t = unit % tasks, r = from + c * w.chunk();
@@ -136,15 +166,21 @@ static void add_to_sums(const Work& w, size_t from, size_t to, const float* fact
   parallel_for(tasks, [&](size_t t) {
     for (size_t p = w.task[t]; p < w.task[t + 1]; p++) {
       auto& piece = w.pieces[p];
-      float* y = w.leaves[piece.leaf].y + piece.at;
+      auto& leaf = w.leaves[piece.leaf];
+      float* y = leaf.y + piece.at;
       if (from == 0) std::memset(y, 0, piece.n * sizeof(float));
-      if (!w.chunked()) add_rows(w, piece, from, to, factors, y, ahead);
       for (size_t c = 0; c < chunks; c++)
         for (size_t i = 0; i < piece.n; i++) y[i] += scratch[c * w.columns + piece.scratch + i];
-      if (noise.sigma && to == w.batch)
-        noise.add(w.leaves[piece.leaf].first_block, piece.at / NORMALS_PER_TILE, y, piece.n);
+      if (to == w.batch) noise.add(leaf.first_block, piece.at / NORMALS_PER_TILE, y, piece.n);
     }
   });
+}
+
+static void add_to_sums(const Work& w, size_t from, size_t to, const float* factors, std::vector<float>& scratch,
+                        const Noise& noise) {
+  constexpr size_t AHEAD = 4;  // as many rows as the kernel adds at once
+  if (w.chunked()) return add_chunks(w, from, to, factors, scratch, noise);
+  parallel_for(w.tasks(), [&](size_t t) { add_task(w, t, from, to, factors, AHEAD, noise); });
 }
 
 static void allocate(Arrays& out) {
@@ -172,7 +208,7 @@ void SampleSqNorms::cpu(const Arrays& in, Arrays& out) {
   allocate(out);
   size_t batch = out[0].size();
   mx::cpu::get_command_encoder(stream()).dispatch([w = Work(in, in.size(), batch), y = out[0].data<float>()] {
-    std::vector<double> parts;
+    std::vector<double> parts(w.batch * w.tasks());
     sq_norms(w, 0, w.batch, parts, y);
   });
 }
@@ -207,7 +243,7 @@ void ClippedSum::cpu(const Arrays& in, Arrays& out) {
   mx::cpu::get_command_encoder(stream()).dispatch(
       [w = std::move(w), noise = Noise(in, noisy_), f = factors.data<float>()] {
         std::vector<float> scratch;
-        add_to_sums(w, 0, w.batch, f, scratch, 4, noise);
+        add_to_sums(w, 0, w.batch, f, scratch, noise);
       });
 }
 
@@ -242,13 +278,80 @@ std::pair<Arrays, std::vector<int>> ClipAndSum::vmap(const Arrays& in, const std
   return Op::vmap(in, axes);
 }
 
-// The formula of clip_factors in ops/clip.py; `finite` is false for a sample that is refused.
-static float clip_factor(float sq_norm, float max_grad_norm, bool automatic, bool finite) {
-  if (!finite) return 0;
-  float n = sq_norm > 0 ? std::sqrt(sq_norm) : 0;
-  if (automatic) return max_grad_norm / (n + 0.01f);
-  n += 1e-6f;
-  return max_grad_norm >= n ? 1 : max_grad_norm / n;
+// Factors from norms, by the formula of clip_factors in ops/clip.py.
+struct Clip {
+  float max_grad_norm;
+  bool automatic;
+  const bool* mask;
+  const float* sq_norms;
+  float* factors;
+
+  float factor(float sq_norm) const {
+    float n = sq_norm > 0 ? std::sqrt(sq_norm) : 0;
+    if (automatic) return max_grad_norm / (n + 0.01f);
+    n += 1e-6f;
+    return max_grad_norm >= n ? 1 : max_grad_norm / n;
+  }
+
+  // Returns how many of the rows [from, to) are refused.
+  int run(size_t from, size_t to) const {
+    int refused = 0;
+    for (size_t b = from; b < to; b++) {
+      bool counts = !mask || mask[b], finite = std::isfinite(sq_norms[b]);
+      refused += counts && !finite;
+      factors[b] = counts && finite ? factor(sq_norms[b]) : 0;
+    }
+    return refused;
+  }
+};
+
+template <class Condition>
+static void wait_until(Condition holds) {
+  for (size_t spins = 0; !holds(); spins++)
+    if (spins > 1000) std::this_thread::yield();
+}
+
+// While the norms of a group of rows are found, the group before is summed from the cache. Tasks are handed out in
+// order, and each waits only for tasks before it, so there is always one that can go on.
+static int clip_in_groups(const Work& w, const Clip& clip, float* norms, const Noise& noise) {
+  size_t rows = std::max<size_t>(1, GROUP_BYTES / w.row_bytes), groups = ceil_div(w.batch, rows), tasks = w.tasks();
+  std::vector<double> parts(w.batch * tasks);
+  std::vector<std::atomic<size_t>> measured(groups), summed(groups);
+  std::vector<std::atomic<bool>> ready(groups);
+  std::atomic<int> refused = 0;
+  parallel_for((groups + 1) * tasks * 2, [&](size_t unit) {
+    size_t g = unit / (2 * tasks), t = unit / 2 % tasks;
+    if (unit % 2 == 0 && g < groups) {
+      size_t from = g * rows, to = std::min(w.batch, from + rows);
+      measure(w, t, from, to - from, parts);
+      if (++measured[g] < tasks) return;
+      finish(w, from, to, parts, norms);
+      refused += clip.run(from, to);
+      ready[g] = true;
+    } else if (unit % 2 == 1 && g > 0) {
+      size_t from = --g * rows;
+      wait_until([&] { return ready[g] && (g == 0 || summed[g - 1] == tasks); });
+      add_task(w, t, from, std::min(w.batch, from + rows), clip.factors, 0, noise);
+      summed[g]++;
+    }
+  });
+  return refused;
+}
+
+// The same for rows so short that the batch is split as well.
+static int clip_in_chunks(const Work& w, const Clip& clip, float* norms, const Noise& noise) {
+  size_t rows = std::max<size_t>(1, GROUP_BYTES / std::max<size_t>(w.row_bytes, 1) / w.chunk()) * w.chunk(), from = 0;
+  std::vector<double> parts(w.batch * w.tasks());
+  std::vector<float> scratch;
+  int refused = 0;
+  do {  // an empty batch passes once: its sums are zeros
+    size_t to = std::min(from + rows, w.batch);
+    sq_norms(w, from, to, parts, norms);
+    refused += clip.run(from, to);
+    add_to_sums(w, from, to, clip.factors, scratch, noise);
+    from = to;
+  } while (from < w.batch);
+  return refused;
 }
 
 void ClipAndSum::cpu(const Arrays& in, Arrays& out) {
@@ -256,28 +359,14 @@ void ClipAndSum::cpu(const Arrays& in, Arrays& out) {
   size_t leaves = this->leaves(in);
   Work w(in, leaves, in[0].shape(0));
   for (size_t i = 0; i < leaves; i++) w.leaves[i].y = out[i].data<float>();
-  const bool* mask = masked_ ? in[leaves + 1].data<bool>() : nullptr;
-  mx::cpu::get_command_encoder(stream()).dispatch(
-      [w = std::move(w), noise = Noise(in, noisy_), mask, automatic = automatic_,
-       max_grad_norm = in[leaves].data<float>(), norms = out[leaves].data<float>(),
-       factors = out[leaves + 1].data<float>(), refused = out[leaves + 2].data<int32_t>()] {
-        std::vector<double> parts;
-        std::vector<float> scratch;
-        size_t group = std::max<size_t>(1, GROUP_BYTES / std::max<size_t>(w.row_bytes, 1));
-        if (w.chunked()) group = std::max<size_t>(1, group / w.chunk()) * w.chunk();
-        *refused = 0;
-        size_t from = 0;
-        do {  // an empty batch passes once: its sums are zeros
-          size_t to = std::min(from + group, w.batch);
-          sq_norms(w, from, to, parts, norms + from);
-          for (size_t b = from; b < to; b++) {
-            bool counts = !mask || mask[b], finite = std::isfinite(norms[b]);
-            *refused += counts && !finite;
-            factors[b] = counts ? clip_factor(norms[b], *max_grad_norm, automatic, finite) : 0;
-          }
-          add_to_sums(w, from, to, factors, scratch, group, noise);
-          from = to;
-        } while (from < w.batch);
-      });
+  auto *norms = out[leaves].data<float>(), *factors = out[leaves + 1].data<float>();
+  Clip clip{0, automatic_, masked_ ? in[leaves + 1].data<bool>() : nullptr, norms, factors};
+  mx::cpu::get_command_encoder(stream()).dispatch([w = std::move(w), clip, norms, noise = Noise(in, noisy_),
+                                                   max_grad_norm = in[leaves].data<float>(),
+                                                   refused = out[leaves + 2].data<int32_t>()]() mutable {
+    clip.max_grad_norm = *max_grad_norm;
+    auto run = w.batch && w.columns >= FEW_COLUMNS ? clip_in_groups : clip_in_chunks;
+    *refused = run(w, clip, norms, noise);
+  });
 }
 }  // namespace bulwark
