@@ -13,10 +13,28 @@ from .ops.noise import (
     random_bits,
     random_key,
 )
+from .privacy import (
+    Batch,
+    CheckReport,
+    ClippedGradients,
+    PoissonBatches,
+    PrivacyEngine,
+    PrivacyError,
+    PrivateOptimizer,
+    compute_epsilon,
+    find_noise_multiplier,
+)
 
 __all__ = [
+    "Batch",
+    "CheckReport",
     "ClipFactors",
+    "ClippedGradients",
     "ClippedNorms",
+    "PoissonBatches",
+    "PrivacyEngine",
+    "PrivacyError",
+    "PrivateOptimizer",
     "add_gaussian",
     "advance_counter",
     "backend",
@@ -25,6 +43,8 @@ __all__ = [
     "clip_and_sum",
     "clip_factors",
     "clipped_sum",
+    "compute_epsilon",
+    "find_noise_multiplier",
     "gaussian",
     "key_from_seed",
     "random_bits",

@@ -1,0 +1,20 @@
+"""Differentially private training."""
+
+from .accounting import compute_epsilon, find_noise_multiplier
+from .batches import Batch, PoissonBatches
+from .check import CheckReport
+from .engine import PrivacyEngine
+from .optimizer import ClippedGradients, PrivateOptimizer
+from .taps import PrivacyError
+
+__all__ = [
+    "Batch",
+    "CheckReport",
+    "ClippedGradients",
+    "PoissonBatches",
+    "PrivacyEngine",
+    "PrivacyError",
+    "PrivateOptimizer",
+    "compute_epsilon",
+    "find_noise_multiplier",
+]

@@ -1,0 +1,484 @@
+"""DP-SGD for any MLX training loop."""
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+
+from ..ops.noise import add_gaussian, advance_counter, bit_blocks_used, blocks_used, random_bits, random_key
+from .accounting import ADJACENCY, Accountant, compute_epsilon, find_noise_multiplier
+from .batches import Batch, PoissonBatches, default_physical_batch_size
+from .check import CheckReport, check
+from .gradients import ClippingMode, LossFunction, clipped_sums
+from .optimizer import ClippedGradients, PrivateOptimizer
+from .taps import Planned, PrivacyError
+
+LossAndGrad = Callable[..., tuple[mx.array, ClippedGradients]]
+
+
+class _State(dict[str, Any]):
+    """Arrays that a compiled step takes and returns. Holds the noise key: never shown."""
+
+    def __repr__(self) -> str:
+        return f"<engine state: {', '.join(self)} (secret)>"
+
+
+class PrivacyEngine:
+    """Differentially private training: clipping, noise, sampling and accounting for one model.
+
+    The unit of privacy is one example; neighbours differ by adding or removing one. What the guarantee covers is the
+    sequence of noised updates, so the trained model; losses, gradient norms and realised batch sizes depend on the
+    data and are not covered.
+
+    Args:
+        dataset_size: number of examples N that batches are drawn from. Public: it enters the denominator.
+        sample_rate: probability q with which an example enters a batch. Give this or ``batch_size``.
+        batch_size: expected batch size q * N.
+        noise_multiplier: standard deviation of the noise over ``max_grad_norm``.
+        max_grad_norm: clipping norm C of a per-sample gradient over all trainable parameters.
+        clipping: ``"flat"``: min(1, C / norm); ``"automatic"``: C / (norm + 0.01) (AUTO-S).
+        accountant: ``"pld"`` or ``"rdp"``.
+        steps: planned number of steps; an update past it is refused.
+        delta: default delta of `epsilon`.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Example:
+        >>> import mlx_bulwark as bw
+        >>> engine = bw.PrivacyEngine(60_000, batch_size=256, noise_multiplier=1.1, max_grad_norm=1.0)
+        >>> engine.epsilon(delta=1e-5)
+        0.0
+
+    Source:
+        Abadi et al. 2016 (arXiv:1607.00133); book-keeping: Bu et al. 2022 (arXiv:2210.00038); automatic clipping:
+        Bu et al. 2022 (arXiv:2206.07136).
+    """
+
+    def __init__(
+        self,
+        dataset_size: int,
+        *,
+        sample_rate: float | None = None,
+        batch_size: float | None = None,
+        noise_multiplier: float,
+        max_grad_norm: float,
+        clipping: ClippingMode = "flat",
+        accountant: Accountant = "pld",
+        steps: int | None = None,
+        delta: float | None = None,
+    ) -> None:
+        self.sample_rate = _sample_rate(dataset_size, sample_rate, batch_size)
+        if not 0 <= noise_multiplier < math.inf:
+            raise ValueError(
+                f"[PrivacyEngine] noise_multiplier must be at least 0 and finite but is {noise_multiplier}"
+            )
+        if not max_grad_norm > 0 or (max_grad_norm == math.inf and (noise_multiplier > 0 or clipping != "flat")):
+            raise ValueError(
+                "[PrivacyEngine] max_grad_norm must be positive, and finite where there is noise, "
+                f"but is {max_grad_norm}"
+            )
+        if clipping not in ("flat", "automatic"):
+            raise ValueError(f"[PrivacyEngine] clipping must be 'flat' or 'automatic' but is {clipping!r}")
+        if accountant not in ("pld", "rdp"):
+            raise ValueError(f"[PrivacyEngine] accountant must be 'pld' or 'rdp' but is {accountant!r}")
+        self.dataset_size = dataset_size
+        self.expected_batch_size = self.sample_rate * dataset_size
+        self.noise_multiplier = float(noise_multiplier)
+        self.max_grad_norm = float(max_grad_norm)
+        self.clipping: ClippingMode = clipping
+        self.accountant: Accountant = accountant
+        self.planned_steps = steps
+        self.delta = delta
+        self._sampling_counter = 0
+        self._process = os.getpid()
+        self.state = _State(
+            noise=_State(key=random_key(), counter=mx.zeros((2,), mx.uint32)),
+            steps=mx.array(0, mx.uint32),
+        )
+        self._accumulated: dict[str, mx.array] = {}
+
+    @classmethod
+    def for_epsilon(
+        cls,
+        epsilon: float,
+        delta: float,
+        dataset_size: int,
+        *,
+        steps: int,
+        sample_rate: float | None = None,
+        batch_size: float | None = None,
+        max_grad_norm: float,
+        clipping: ClippingMode = "flat",
+        accountant: Accountant = "pld",
+    ) -> "PrivacyEngine":
+        """Engine with the least noise whose planned steps stay within a target epsilon.
+
+        Args:
+            epsilon: target, above 0.
+            delta: probability of the (epsilon, delta) guarantee; well below 1 / dataset_size.
+            dataset_size: number of examples.
+            steps: number of optimizer steps; an update past them is refused.
+            sample_rate: probability with which an example enters a batch. Give this or ``batch_size``.
+            batch_size: expected batch size.
+            max_grad_norm: clipping norm.
+            clipping: ``"flat"`` or ``"automatic"``.
+            accountant: ``"pld"`` or ``"rdp"``.
+
+        Returns:
+            The engine; its ``noise_multiplier`` holds what was found.
+
+        Raises:
+            ValueError: an argument is out of range.
+
+        Example:
+            >>> import mlx_bulwark as bw
+            >>> engine = bw.PrivacyEngine.for_epsilon(3, 1e-5, 10_000, steps=1000, sample_rate=0.01, max_grad_norm=1)
+            >>> round(engine.noise_multiplier, 3)
+            0.814
+
+        Source:
+            `find_noise_multiplier`.
+        """
+        rate = _sample_rate(dataset_size, sample_rate, batch_size)
+        return cls(
+            dataset_size,
+            sample_rate=rate,
+            noise_multiplier=find_noise_multiplier(epsilon, delta, rate, steps, accountant),
+            max_grad_norm=max_grad_norm,
+            clipping=clipping,
+            accountant=accountant,
+            steps=steps,
+            delta=delta,
+        )
+
+    def value_and_grad(self, model: nn.Module, loss_fn: LossFunction) -> LossAndGrad:
+        """Private counterpart of ``mlx.nn.value_and_grad``.
+
+        Args:
+            model: the model; its trainable parameters are made private, the frozen ones are left alone.
+            loss_fn: ``loss_fn(model, *arrays)`` returning one loss an example, [B]; no example's loss may depend on
+                the others (`check` finds out).
+
+        Returns:
+            A function ``f(model, batch)`` for a `Batch` of `batches`, or ``f(model, *arrays, mask=None, last=True)``
+            for arrays [B, ...] of your own, that returns the losses [B] (0 in padding rows; not covered by epsilon)
+            and `ClippedGradients`. mask [B] bool is False in padding rows; ``last=False`` says that the logical batch
+            goes on.
+
+        Raises:
+            PrivacyError: (from the returned function) the loss is not per example, a layer couples the batch, or
+                a layer's per-sample gradients cannot be computed; the message names it.
+
+        Example:
+            >>> import mlx.core as mx, mlx.nn as nn, mlx_bulwark as bw
+            >>> engine = bw.PrivacyEngine(100, batch_size=10, noise_multiplier=1.0, max_grad_norm=1.0)
+            >>> model = nn.Linear(4, 2)
+            >>> def loss_fn(model, x, y):
+            ...     return nn.losses.cross_entropy(model(x), y, reduction="none")
+            >>> losses, grads = engine.value_and_grad(model, loss_fn)(model, mx.ones((10, 4)), mx.zeros(10, mx.int32))
+            >>> losses.shape, grads
+            ((10,), ClippedGradients(not yet noised: pass to engine.wrap(optimizer).update))
+
+        Source:
+            Bu et al. 2022, Differentially Private Optimization on Large Model at Small Cost (arXiv:2210.00038).
+        """
+        plans: dict[Any, list[Planned]] = {}
+
+        def loss_and_grad(
+            called_model: nn.Module, *batch: Any, mask: mx.array | None = None, last: bool = True
+        ) -> tuple[mx.array, ClippedGradients]:
+            if called_model is not model:
+                raise PrivacyError(
+                    "[value_and_grad] model must be the one that value_and_grad was given but is another"
+                )
+            first: Any = batch[0] if len(batch) == 1 else None
+            if isinstance(first, Batch):
+                batch, mask, last = first.data, first.mask, first.last
+            r = clipped_sums(model, loss_fn, batch, mask, self.max_grad_norm, self.clipping, plans)
+            losses = r.losses if mask is None else mx.where(mask, r.losses, 0)
+            return losses, ClippedGradients(self, r.sums, r.sq_norms, r.num_refused, last)
+
+        return loss_and_grad
+
+    def wrap(self, optimizer: optim.Optimizer) -> PrivateOptimizer:
+        """Make an optimizer private: its ``update`` takes `ClippedGradients`, and nothing else.
+
+        Args:
+            optimizer: any MLX optimizer.
+
+        Returns:
+            The private optimizer.
+
+        Example:
+            >>> import mlx.optimizers as optim, mlx_bulwark as bw
+            >>> engine = bw.PrivacyEngine(100, batch_size=10, noise_multiplier=1.0, max_grad_norm=1.0)
+            >>> engine.wrap(optim.Adam(1e-3)).learning_rate.item() < 0.0011
+            True
+
+        Source:
+            Abadi et al. 2016 (arXiv:1607.00133).
+        """
+        return PrivateOptimizer(self, optimizer)
+
+    def batches(self, data: Any, *, steps: int | None = None, physical_batch_size: int | None = None) -> PoissonBatches:
+        """Poisson-sampled batches of a data set.
+
+        Every example enters each logical batch independently with probability ``sample_rate``; a batch may be empty,
+        and is then a step of pure noise. Each is padded and masked to ``physical_batch_size``, so that a compiled step
+        compiles once; a larger draw comes in several physical batches, and no example is ever dropped.
+
+        Args:
+            data: an array or a tuple of arrays (numpy or mlx) with ``dataset_size`` rows each.
+            steps: number of logical batches; default: the planned steps that remain.
+            physical_batch_size: rows of a physical batch; default: expected size plus three standard deviations.
+
+        Returns:
+            An iterable of `Batch`, whose ``len`` is the number of logical batches.
+
+        Raises:
+            ValueError: the data has another number of rows, or no number of steps is known.
+
+        Example:
+            >>> import numpy as np, mlx_bulwark as bw
+            >>> engine = bw.PrivacyEngine(100, batch_size=10, noise_multiplier=1.0, max_grad_norm=1.0)
+            >>> batches = engine.batches((np.zeros((100, 4)), np.zeros(100)), steps=3, physical_batch_size=32)
+            >>> sum(batch.last for batch in batches)
+            3
+
+        Source:
+            Poisson subsampling: Mironov et al. 2019 (arXiv:1908.10530).
+        """
+        arrays = tuple(data) if isinstance(data, (tuple, list)) else (data,)
+        for i, a in enumerate(arrays):
+            if len(a) != self.dataset_size:
+                raise ValueError(f"[batches] data[{i}] must have {self.dataset_size} rows but has {len(a)}")
+        if steps is None and self.planned_steps is not None:
+            steps = self.planned_steps - self.steps
+        if steps is None or steps < 0:
+            raise ValueError(f"[batches] steps must be a number of logical batches but is {steps}")
+        size = physical_batch_size or default_physical_batch_size(self.dataset_size, self.sample_rate)
+        if size < 1:
+            raise ValueError(f"[batches] physical_batch_size must be at least 1 but is {physical_batch_size}")
+        return PoissonBatches(arrays, self.sample_rate, steps, size, self._sampling_words)
+
+    def compiled_step(
+        self, model: nn.Module, optimizer: PrivateOptimizer, loss_fn: LossFunction
+    ) -> Callable[[Batch], mx.array]:
+        """Whole training step, compiled: losses, clipping, noise and update of one physical batch.
+
+        Args:
+            model: the model.
+            optimizer: what `wrap` returned.
+            loss_fn: as for `value_and_grad`.
+
+        Returns:
+            A function that takes a `Batch` and returns the losses [P]. Evaluate its result, ``model.state`` and
+            ``engine.state`` to make a step happen.
+
+        Example:
+            >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim, numpy as np, mlx_bulwark as bw
+            >>> engine = bw.PrivacyEngine(100, batch_size=10, noise_multiplier=1.0, max_grad_norm=1.0, steps=3)
+            >>> model, optimizer = nn.Linear(4, 1), engine.wrap(optim.SGD(0.1))
+            >>> step = engine.compiled_step(model, optimizer, lambda model, x: (model(x)[:, 0] - 1) ** 2)
+            >>> for batch in engine.batches(np.ones((100, 4), np.float32)):
+            ...     mx.eval(step(batch), model.state, optimizer.state, engine.state)
+            >>> engine.steps
+            3
+
+        Source:
+            `value_and_grad` and `PrivateOptimizer.update` under ``mx.compile``.
+        """
+        loss_and_grad = self.value_and_grad(model, loss_fn)
+        optimizer.init(model.trainable_parameters())
+        state = [model.state, optimizer.state, self.state, mx.random.state]
+
+        def piece(data: list[mx.array], mask: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+            losses, gradients = loss_and_grad(model, *data, mask=mask)
+            return losses, self._spend(gradients)
+
+        def end(data: list[mx.array], mask: mx.array, accumulated: dict[str, mx.array]) -> mx.array:
+            losses, gradients = loss_and_grad(model, *data, mask=mask)
+            gradients._sums = _add(gradients._sums, accumulated)
+            optimizer.update(model, gradients)
+            return losses
+
+        compiled_piece = mx.compile(piece, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
+        compiled_end = mx.compile(end, inputs=state, outputs=state)
+
+        def run(batch: Batch) -> mx.array:
+            self._refuse_past_plan()
+            losses: mx.array
+            if batch.last:
+                losses = compiled_end(list(batch.data), batch.mask, self._accumulated)
+                self._accumulated = {}
+            else:
+                losses, sums = compiled_piece(list(batch.data), batch.mask)
+                self._accumulated = _add(sums, self._accumulated)
+            return losses
+
+        return run
+
+    @property
+    def steps(self) -> int:
+        """Number of optimizer steps charged so far."""
+        return int(self.state["steps"].item())
+
+    def epsilon(self, delta: float | None = None) -> float:
+        """Epsilon spent so far, under add-or-remove-one-example adjacency.
+
+        Args:
+            delta: probability of the (epsilon, delta) guarantee; default: the engine's.
+
+        Returns:
+            Epsilon of the steps charged so far.
+
+        Raises:
+            ValueError: no delta is known.
+
+        Example:
+            >>> import mlx_bulwark as bw
+            >>> engine = bw.PrivacyEngine(100, batch_size=10, noise_multiplier=1.0, max_grad_norm=1.0)
+            >>> engine.epsilon(delta=1e-5)
+            0.0
+
+        Source:
+            `compute_epsilon`.
+        """
+        delta = self.delta if delta is None else delta
+        if delta is None:
+            raise ValueError("[epsilon] delta must be given, here or to the engine")
+        return compute_epsilon(self.noise_multiplier, self.sample_rate, self.steps, delta, self.accountant)
+
+    def check(self, model: nn.Module, batch: Any, loss_fn: LossFunction, *, rtol: float = 1e-4) -> CheckReport:
+        """Compare this model's private gradients with a one-by-one loop, and look for examples that see each other.
+
+        Each example is run alone, and again among copies of another example: its loss and gradient norm must stay
+        the same. Dropout is off meanwhile. Takes about B + 2 passes more than a step: give it a small batch.
+
+        Args:
+            model: the model.
+            batch: a tuple of arrays [B, ...], a `Batch`, or one array.
+            loss_fn: as for `value_and_grad`.
+            rtol: largest relative difference that passes.
+
+        Returns:
+            The largest differences that were seen.
+
+        Raises:
+            PrivacyError: a difference is larger; the message says of what and where.
+
+        Example:
+            >>> import mlx.core as mx, mlx.nn as nn, mlx_bulwark as bw
+            >>> engine = bw.PrivacyEngine(100, batch_size=10, noise_multiplier=1.0, max_grad_norm=1.0)
+            >>> report = engine.check(nn.Linear(4, 1), mx.ones((3, 4)), lambda model, x: model(x)[:, 0] ** 2)
+            >>> report.norm_error < 1e-4
+            True
+
+        Source:
+            Microbatch comparison as in Opacus' and JAX-Privacy's test suites.
+        """
+        return check(self, model, batch, loss_fn, rtol)
+
+    def _release(self, gradients: ClippedGradients) -> dict[str, mx.array] | None:
+        """Take clipped sums; at the end of a logical batch charge the step and return the noised mean."""
+        sums = self._spend(gradients)
+        traced = any(_is_traced(s) for s in sums.values())
+        if not gradients._last:
+            if traced:
+                raise PrivacyError(
+                    "[update] last=False must be outside mx.compile but is inside; engine.compiled_step does both"
+                )
+            self._accumulated = _add(sums, self._accumulated)
+            return None
+        if not traced:  # a compiled end of a batch gets them as an argument
+            sums, self._accumulated = _add(sums, self._accumulated), {}
+        counter = self._charge(blocks_used(sums), traced)
+        noise = self.state["noise"]
+        sigma = self.noise_multiplier * self.max_grad_norm if self.noise_multiplier else 0.0
+        noisy = add_gaussian(sums, sigma, noise["key"], counter)
+        return {path: g / self.expected_batch_size for path, g in noisy.items()}
+
+    def _spend(self, gradients: ClippedGradients) -> dict[str, mx.array]:
+        if gradients._engine is not self:
+            raise PrivacyError("[update] gradients must come from the engine that wraps the optimizer but do not")
+        sums, gradients._sums = gradients._sums, {}
+        if not sums:
+            raise PrivacyError("[update] gradients must be used once but were used before")
+        return sums
+
+    def _charge(self, blocks: int, traced: bool) -> mx.array:
+        """Count one step and reserve its noise blocks; return the counter of the first."""
+        self._refuse_fork()
+        noise = self.state["noise"]
+        counter: mx.array = noise["counter"]
+        if traced and not _is_traced(counter):
+            raise PrivacyError(
+                "[update] engine.state must be among the inputs and outputs of mx.compile but is not: every step would "
+                "get the same noise; see engine.compiled_step"
+            )
+        if not traced:
+            self._refuse_past_plan()
+        noise["counter"] = advance_counter(counter, blocks)
+        self.state["steps"] = self.state["steps"] + 1
+        if not traced:  # the books are closed before the update exists
+            mx.eval(self.state["steps"], noise["counter"])
+        return counter
+
+    def _refuse_past_plan(self) -> None:
+        if self.planned_steps is not None and self.steps >= self.planned_steps:
+            raise PrivacyError(
+                f"[update] steps must stay within the {self.planned_steps} planned ones but the next would be "
+                f"step {self.steps + 1}"
+            )
+
+    def _refuse_fork(self) -> None:
+        if os.getpid() != self._process:
+            raise PrivacyError(
+                "[PrivacyEngine] engine must stay in the process that made it but was carried into a fork, where it "
+                "would repeat the parent's noise"
+            )
+
+    def _sampling_words(self, n: int) -> mx.array:
+        self._refuse_fork()
+        words = random_bits((n,), self.state["noise"]["key"], self._sampling_counter, domain="poisson")
+        self._sampling_counter += bit_blocks_used((n,))
+        return words
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("[PrivacyEngine] engine must not be copied or pickled: it holds the secret noise key")
+
+    def __repr__(self) -> str:
+        return (
+            f"PrivacyEngine(dataset_size={self.dataset_size}, sample_rate={self.sample_rate:.6g}, "
+            f"noise_multiplier={self.noise_multiplier:.6g}, max_grad_norm={self.max_grad_norm:.6g}, "
+            f"clipping={self.clipping!r}, accountant={self.accountant!r}, adjacency={ADJACENCY!r})"
+        )
+
+
+def _sample_rate(dataset_size: int, sample_rate: float | None, batch_size: float | None) -> float:
+    if dataset_size < 1 or int(dataset_size) != dataset_size:
+        raise ValueError(f"[PrivacyEngine] dataset_size must be a positive whole number but is {dataset_size}")
+    if (sample_rate is None) == (batch_size is None):
+        raise ValueError("[PrivacyEngine] sample_rate or batch_size must be given, and not both")
+    rate = batch_size / dataset_size if batch_size is not None else sample_rate
+    if rate is None or not 0 < rate <= 1:
+        raise ValueError(f"[PrivacyEngine] sample_rate must be in (0, 1] but is {rate}")
+    return float(rate)
+
+
+def _add(sums: dict[str, mx.array], accumulated: dict[str, mx.array]) -> dict[str, mx.array]:
+    return {path: s + accumulated[path] for path, s in sums.items()} if accumulated else sums
+
+
+def _is_traced(a: mx.array) -> bool:
+    """Tell whether the array is a placeholder of mx.compile. An eager array starts to be computed."""
+    try:
+        mx.async_eval(a)
+    except ValueError:
+        return True
+    return False

@@ -1,0 +1,166 @@
+"""From a model and a per-example loss to clipped, not yet noised gradient sums."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from ..ops.clip import clip_factors, clipped_sum, sample_sq_norms
+from .rules import PerSample, Tapped, has_rule, per_sample
+from .taps import Call, Planned, PrivacyError, Site, Trace, find_sites, named_arrays, tapped
+
+LossFunction = Callable[..., mx.array]
+ClippingMode = Literal["flat", "automatic"]
+
+
+class ClippedSums(NamedTuple):
+    """Losses [B], and per parameter path the float32 sum of the clipped per-sample gradients."""
+
+    losses: mx.array
+    sums: dict[str, mx.array]
+    sq_norms: mx.array
+    num_refused: mx.array
+
+
+def clipped_sums(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    batch: tuple[Any, ...],
+    mask: mx.array | None,
+    max_grad_norm: float,
+    clipping: ClippingMode,
+    plans: dict[Any, list[Planned]],
+) -> ClippedSums:
+    """Book-keeping (Bu et al. 2022): one backward pass to the layers' outputs, norms, factors, weighted sums."""
+    sites = find_sites(model, has_rule)
+    if not sites:
+        raise PrivacyError("[value_and_grad] model must have trainable parameters but has none")
+    B = batch_size_of(batch)
+    if B == 0:
+        zeros = {s.path: mx.zeros(s.array.shape) for site in sites for s in site.slots}
+        return ClippedSums(mx.zeros((0,)), zeros, mx.zeros((0,)), mx.array(0))
+    plan = _plan(model, sites, loss_fn, batch, B, plans)
+    losses, layers = _backward(sites, plan, loss_fn, model, batch, B)
+    built = {s.path: g for site, r in layers for s in site.slots if (g := r.built.get(s.name)) is not None}
+    sq_norms = [r.sq_norms for _, r in layers if r.sq_norms is not None]
+    total = sum(sq_norms, sample_sq_norms(built)) if built else sum(sq_norms[1:], sq_norms[0])
+    factors, num_refused = clip_factors(total, max_grad_norm, clipping, mask)
+    sums = clipped_sum(built, factors) if built else {}
+    for site, result in layers:
+        weighted = result.weighted_sums(factors) if result.weighted_sums else {}
+        sums.update({s.path: weighted[s.name] for s in site.slots if s.name in weighted})
+    for site in sites:  # a layer that the loss does not reach: its noise must be there all the same
+        sums.update({s.path: mx.zeros(s.array.shape) for s in site.slots if s.path not in sums})
+    return ClippedSums(losses, sums, total, num_refused)
+
+
+def batch_size_of(batch: tuple[Any, ...]) -> int:
+    """Rows of the first array of a batch."""
+    arrays = [a for _, a in named_arrays(batch)]
+    if not arrays or arrays[0].ndim == 0:
+        raise PrivacyError("[value_and_grad] batch must hold arrays with a row for each example but holds none")
+    return int(arrays[0].shape[0])
+
+
+def per_example(losses: Any, B: int) -> mx.array:
+    """Return the losses, if there is one for each example."""
+    if not isinstance(losses, mx.array) or losses.shape != (B,):
+        shape = losses.shape if isinstance(losses, mx.array) else type(losses).__name__
+        raise PrivacyError(
+            f"[value_and_grad] loss_fn must return one loss an example, shape ({B},), but returned {shape}; "
+            "use reduction='none' and average only within an example"
+        )
+    return losses
+
+
+def _backward(
+    sites: list[Site], plan: list[Planned], loss_fn: LossFunction, model: nn.Module, batch: tuple[Any, ...], B: int
+) -> tuple[mx.array, list[tuple[Site, PerSample]]]:
+    # broadcast from one zero: the probes take no memory
+    probes = [[mx.broadcast_to(mx.zeros((), t), shape) for shape, t in c.outputs] for c in plan]
+    traces: list[Trace] = []
+
+    def total(probes: list[list[mx.array]]) -> tuple[mx.array, mx.array, list[list[mx.array]]]:
+        trace = Trace(plan, probes)
+        traces.append(trace)
+        with tapped(sites, trace):
+            losses = per_example(loss_fn(model, *batch), B)
+        if len(trace.calls) != len(plan):
+            raise PrivacyError("[value_and_grad] loss_fn must call the same layers in every forward pass but did not")
+        return losses.sum(), losses, [c.inputs for c in trace.calls]
+
+    (_, losses, inputs), gradients = mx.value_and_grad(total)(probes)
+    by_site: dict[int, list[Tapped]] = {id(s): [] for s in sites}
+    for call, planned, x, dy in zip(traces[-1].calls, plan, inputs, gradients, strict=True):
+        x = [mx.broadcast_to(a, (B, *a.shape)) for a in x] if planned.broadcast else x
+        by_site[id(call.site)].append(Tapped(call, planned, x, dy))
+    return losses, [(s, per_sample(s, by_site[id(s)])) for s in sites if by_site[id(s)]]
+
+
+def _plan(
+    model: nn.Module,
+    sites: list[Site],
+    loss_fn: LossFunction,
+    batch: tuple[Any, ...],
+    B: int,
+    plans: dict[Any, list[Planned]],
+) -> list[Planned]:
+    """Learn the calls and their shapes from forward passes that are built and never run.
+
+    One is of B rows and one of B + 1: what grows with the batch has the batch axis, and a coincidence of sizes
+    cannot be taken for one.
+    """
+    key = (
+        tuple((k, a.shape, a.dtype) if isinstance(a, mx.array) else (k, a) for k, a in list(tree_flatten(batch))),
+        tuple((s.path, s.has_rule, s.module.training, *(slot.path for slot in s.slots)) for s in sites),
+    )
+    if key not in plans:
+        plan = _dry_run(model, sites, loss_fn, batch, B)
+        try:
+            larger = _dry_run(model, sites, loss_fn, _one_more(batch, B), B + 1)
+        except PrivacyError:
+            raise
+        except Exception as e:
+            raise PrivacyError(
+                f"[value_and_grad] model and loss_fn must work at any batch size but failed with one more example: {e}"
+            ) from e
+        if [c.site.path for c in plan] != [c.site.path for c in larger]:
+            raise PrivacyError("[value_and_grad] loss_fn must call the same layers at every batch size but does not")
+        plans[key] = [_compare(a, b, B) for a, b in zip(plan, larger, strict=True)]
+    return plans[key]
+
+
+def _dry_run(model: nn.Module, sites: list[Site], loss_fn: LossFunction, batch: Any, B: int) -> list[Call]:
+    trace = Trace(None, [])
+    with tapped(sites, trace):
+        per_example(loss_fn(model, *batch), B)
+    return trace.calls
+
+
+def _one_more(batch: Any, B: int) -> Any:
+    def grow(a: Any) -> Any:
+        if isinstance(a, mx.array) and a.ndim and a.shape[0] == B:
+            return mx.concatenate([a, a[:1]], axis=0)
+        return a
+
+    return tree_map(grow, batch)
+
+
+def _compare(a: Call, b: Call, B: int) -> Planned:
+    path, outputs = a.site.path, [(y.shape, y.dtype) for y in a.outputs]
+    batched = [_grows(x, y, B) for x, y in zip(a.inputs, b.inputs, strict=True)]
+    if all(x.shape == y.shape for x, y in zip(a.inputs + a.outputs, b.inputs + b.outputs, strict=True)):
+        return Planned(path, [((B, *shape), t) for shape, t in outputs], batched, True)
+    if not batched or not batched[0] or not all(_grows(x, y, B) for x, y in zip(a.outputs, b.outputs, strict=True)):
+        raise PrivacyError(
+            f"[value_and_grad] {a.site.label} must see the batch as its first axis, {B} rows, but has input shape "
+            f"{a.inputs[0].shape if a.inputs else ()} and output shape {a.outputs[0].shape}; "
+            "keep [batch, ...] and do not fold other axes into it"
+        )
+    return Planned(path, outputs, batched, False)
+
+
+def _grows(x: mx.array, y: mx.array, B: int) -> bool:
+    return x.ndim > 0 and x.shape == (B, *x.shape[1:]) and y.shape == (B + 1, *x.shape[1:])

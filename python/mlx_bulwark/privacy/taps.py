@@ -1,0 +1,269 @@
+"""Taps: record the inputs of every private layer, and give it an output whose gradient can be asked for.
+
+While a loss is traced, each layer that owns trainable parameters is *tapped*: its call adds a zero `probe` to its
+output, so that the gradient with respect to the probe is the gradient with respect to the output, and its inputs are
+kept. One backward pass then gives everything that per-sample norms and clipped sums need, and no weight gradient.
+
+Between the calls the layer's trainable parameters are hidden behind a `Hidden`, so that a use outside the call, whose
+gradient the tap would not see, is an error rather than a silent gap in the guarantee.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+
+class PrivacyError(ValueError):
+    """The model, the loss or their use cannot be made private as they are."""
+
+
+class Hidden(dict[str, Any]):
+    """Stands in for a trainable parameter outside its layer's call. A dict, or model.parameters() would skip it."""
+
+    def __init__(self, path: str, array: mx.array) -> None:
+        super().__init__()
+        self._path = path
+        self.shape, self.dtype, self.ndim, self.size = array.shape, array.dtype, array.ndim, array.size
+
+    def refuse(self) -> NoReturn:
+        """Say what must not be done."""
+        raise PrivacyError(
+            f"[value_and_grad] parameter {self._path} must be used only inside the __call__ of the layer that owns it "
+            "but was used outside; its gradient would escape clipping"
+        )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        self.refuse()
+
+    def _refused(self, *args: Any, **kwargs: Any) -> NoReturn:
+        self.refuse()
+
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refused
+    __matmul__ = __rmatmul__ = __neg__ = __pow__ = __abs__ = __getitem__ = __iter__ = __len__ = __bool__ = _refused
+    items = keys = values = _refused
+
+
+@dataclass
+class Slot:
+    """One trainable array and the container that holds it."""
+
+    path: str  # in the model
+    name: str  # in the site's module
+    container: Any
+    key: Any
+    array: mx.array
+
+
+@dataclass
+class Site:
+    """One tapped layer."""
+
+    path: str
+    module: nn.Module
+    cls: type[nn.Module]
+    slots: list[Slot]
+    has_rule: bool
+
+    @property
+    def params(self) -> dict[str, mx.array]:
+        """The layer's trainable arrays by their names in the layer."""
+        return {s.name: s.array for s in self.slots}
+
+    def install(self, params: dict[str, mx.array]) -> None:
+        """Put these arrays in place of the layer's trainable parameters."""
+        for s in self.slots:
+            s.container[s.key] = params[s.name]
+
+    def hide(self) -> None:
+        """Put stand-ins in place of the layer's trainable parameters."""
+        for s in self.slots:
+            s.container[s.key] = Hidden(s.path, s.array)
+
+    def run(self, params: dict[str, mx.array], args: Any, kwargs: Any) -> Any:
+        """Call the layer as it is without a tap, with these parameters."""
+        self.install(params)
+        cls = self.module.__class__
+        self.module.__class__ = self.cls
+        try:
+            return self.module(*args, **kwargs)
+        finally:
+            self.module.__class__ = cls
+            self.hide()
+
+    @property
+    def label(self) -> str:
+        """How errors name the layer."""
+        return f"layer {self.path or 'model'} ({self.cls.__name__})"
+
+
+class Planned(NamedTuple):
+    """What is known of a call before it is traced."""
+
+    path: str
+    outputs: list[tuple[tuple[int, ...], mx.Dtype]]  # as the rest of the model sees them: with the batch axis
+    batched: list[bool]  # which inputs have the batch axis
+    broadcast: bool  # the layer sees no batch axis: one output for all examples
+
+
+@dataclass
+class Call:
+    """One call of a tapped layer."""
+
+    site: Site
+    structure: Any  # (args, kwargs) with every array replaced by its index
+    inputs: list[mx.array]
+    outputs: list[mx.array]
+
+    def arguments(self, inputs: list[mx.array]) -> tuple[Any, Any]:
+        """Return args and kwargs with these arrays in place of the recorded ones."""
+        args, kwargs = _replace(self.structure, lambda v: inputs[v.index] if isinstance(v, _Index) else v)
+        return args, kwargs
+
+
+class _Index:
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+def named_arrays(tree: Any) -> list[tuple[str, mx.array]]:
+    """Dotted paths and arrays of a tree."""
+    return [(path, a) for path, a in list(tree_flatten(tree)) if isinstance(a, mx.array)]
+
+
+def _replace(tree: Any, f: Any) -> Any:
+    if isinstance(tree, (list, tuple)) and type(tree) in (list, tuple):
+        return type(tree)(_replace(v, f) for v in tree)
+    if type(tree) is dict:
+        return {k: _replace(v, f) for k, v in tree.items()}
+    return f(tree)
+
+
+def _take_arrays(tree: Any) -> tuple[Any, list[mx.array]]:
+    arrays: list[mx.array] = []
+
+    def take(v: Any) -> Any:
+        if not isinstance(v, mx.array):
+            return v
+        arrays.append(v)
+        return _Index(len(arrays) - 1)
+
+    return _replace(tree, take), arrays
+
+
+class Trace:
+    """What one forward pass through tapped layers recorded."""
+
+    def __init__(self, plan: list[Planned] | None, probes: list[list[mx.array]]) -> None:
+        self.plan, self.probes = plan, probes
+        self.calls: list[Call] = []
+
+    def call(self, site: Site, args: Any, kwargs: Any) -> Any:
+        """Run the layer, record, and add the probes."""
+        structure, inputs = _take_arrays((args, kwargs))
+        random_state = _random_state()
+        result = site.run(site.params, args, kwargs)
+        if not site.has_rule and _random_state() is not random_state:
+            raise PrivacyError(
+                f"[value_and_grad] {site.label} must not draw random numbers but does (dropout?): its forward pass is "
+                "run again for per-sample gradients; move what is random into a layer of its own"
+            )
+        self.calls.append(Call(site, structure, inputs, _take_arrays(result)[1]))
+        if self.plan is None:
+            return result
+        k = len(self.calls) - 1
+        if k >= len(self.plan) or self.plan[k].path != site.path:
+            raise PrivacyError(
+                f"[value_and_grad] {site.label} must be called alike in every forward pass but was not; "
+                "control flow must not depend on the data"
+            )
+        probes = iter(self.probes[k])
+        return _replace(result, lambda v: _probe(v, next(probes)) if isinstance(v, mx.array) else v)
+
+
+def _random_state() -> Any:
+    return cast(Any, mx.random.state)[0]
+
+
+def _probe(y: mx.array, probe: mx.array) -> mx.array:
+    return mx.broadcast_to(y, probe.shape) + probe
+
+
+_active: list[tuple[dict[int, Site], Trace]] = []
+_tapped_classes: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _tapped(cls: type[nn.Module]) -> type[nn.Module]:
+    if cls not in _tapped_classes:
+
+        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            sites, trace = _active[-1]
+            return trace.call(sites[id(self)], args, kwargs)
+
+        _tapped_classes[cls] = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+    return _tapped_classes[cls]
+
+
+@contextmanager
+def tapped(sites: list[Site], trace: Trace) -> Iterator[None]:
+    """Tap the layers while a forward pass is traced."""
+    _active.append(({id(s.module): s for s in sites}, trace))
+    for s in sites:
+        s.module.__class__ = _tapped(s.cls)
+        s.hide()
+    try:
+        yield
+    except TypeError as e:
+        if "Hidden" in str(e):
+            raise PrivacyError(
+                "[value_and_grad] trainable parameters must be used only inside the __call__ of the layer that owns "
+                f"them but one was used outside: {str(e).splitlines()[0]}"
+            ) from e
+        raise
+    finally:
+        for s in sites:
+            s.module.__class__ = s.cls
+            s.install(s.params)
+        _active.pop()
+
+
+def find_sites(model: nn.Module, has_rule: Any) -> list[Site]:
+    """List the layers that own trainable parameters; one without a rule takes in everything beneath it."""
+    _refuse_batch_norm(model)
+    owners: dict[int, tuple[str, nn.Module]] = {}
+    slots: dict[tuple[int, Any], tuple[list[tuple[str, nn.Module]], Slot]] = {}
+    for path, array in named_arrays(model.trainable_parameters()):
+        chain, slot = _locate(model, path, array)
+        slots[id(slot.container), slot.key] = (chain, slot)  # a shared layer: its last path counts, as in MLX
+        owners[id(chain[-1][1])] = chain[-1]
+    whole = {key for key, (_, module) in owners.items() if not has_rule(module)}
+    sites: dict[int, Site] = {}
+    for chain, slot in slots.values():
+        path, module = next(((p, m) for p, m in chain if id(m) in whole), chain[-1])
+        slot.name = slot.path[len(path) + 1 :] if path else slot.path
+        site = sites.setdefault(id(module), Site(path, module, type(module), [], id(module) not in whole))
+        site.slots.append(slot)
+    return list(sites.values())
+
+
+def _locate(model: nn.Module, path: str, array: mx.array) -> tuple[list[tuple[str, nn.Module]], Slot]:
+    chain, container, parts = [("", model)], model, path.split(".")
+    for i, part in enumerate(parts[:-1]):
+        container = container[int(part) if isinstance(container, list) else part]
+        if isinstance(container, nn.Module):
+            chain.append((".".join(parts[: i + 1]), container))
+    key = int(parts[-1]) if isinstance(container, list) else parts[-1]
+    return chain, Slot(path, "", container, key, array)
+
+
+def _refuse_batch_norm(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.BatchNorm) and module.training:
+            raise PrivacyError(
+                f"[value_and_grad] layer {path or 'model'} must not couple the examples of a batch but is a BatchNorm; "
+                "use nn.GroupNorm(groups, dims, pytorch_compatible=True) in its place, or put it in eval mode"
+            )

@@ -1,0 +1,70 @@
+"""One-by-one float64 loop over examples: what per-sample norms and clipped sums must equal."""
+
+from itertools import product
+from unittest import mock
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+
+
+def numpy64(a):
+    return np.array(a.astype(mx.float32) if a.dtype in (mx.float16, mx.bfloat16) else a).astype(np.float64)
+
+
+def convolution(layer, x):
+    """A convolution as a sum of matrix products over the kernel's offsets: MLX has few of them in float64."""
+    n = x.ndim - 2
+    geometry = (layer.stride, layer.padding, layer.dilation)
+    stride, padding, dilation = ((a,) * n if isinstance(a, int) else a for a in geometry)
+    x = mx.pad(x, [(0, 0), *((p, p) for p in padding), (0, 0)])
+    kernel = layer.weight.shape[1:-1]
+    out = [(x.shape[1 + i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(n)]
+    parts = []
+    for xs, w in zip(mx.split(x, layer.groups, axis=-1), mx.split(layer.weight, layer.groups, axis=0), strict=True):
+        y = 0
+        for at in product(*map(range, kernel)):
+            window = tuple(
+                slice(a * d, a * d + (o - 1) * s + 1, s) for a, d, o, s in zip(at, dilation, out, stride, strict=True)
+            )
+            y = y + xs[(slice(None), *window)] @ w[(slice(None), *at)].T
+        parts.append(y)
+    y = mx.concatenate(parts, axis=-1)
+    return y + layer.bias if "bias" in layer else y
+
+
+@mock.patch.object(nn.Conv1d, "__call__", convolution)
+@mock.patch.object(nn.Conv2d, "__call__", convolution)
+def one_by_one(model, loss_fn, batch, max_grad_norm=1.0, clipping="flat"):
+    """Norms [B] and clipped sums by path, by B separate backward passes of the model in float64.
+
+    max_grad_norm None: the median norm, so that half the examples are clipped.
+    """
+    weights = tree_flatten(model.parameters())
+    model.apply(lambda a: a.astype(mx.float64))
+    cast = tree_map(lambda a: a.astype(mx.float64) if mx.issubdtype(a.dtype, mx.floating) else a, batch)
+    try:
+        grad = nn.value_and_grad(model, lambda *x: loss_fn(model, *x).sum())
+        rows = [tuple(a[b : b + 1] for a in cast) for b in range(batch[0].shape[0])]
+        grads = [{k: numpy64(g) for k, g in tree_flatten(grad(*row)[1])} for row in rows]
+    finally:
+        model.load_weights(weights)
+    norms = np.sqrt([sum((g**2).sum() for g in example.values()) for example in grads])
+    C = (float(np.median(norms)) if len(norms) else 1.0) if max_grad_norm is None else max_grad_norm
+    factors = C / (norms + 0.01) if clipping == "automatic" else np.minimum(1.0, C / (norms + 1e-6))
+    sums = {
+        path: sum((f * example[path] for f, example in zip(factors, grads, strict=True)), np.zeros(p.shape))
+        for path, p in tree_flatten(model.trainable_parameters())
+    }
+    return norms, sums, C
+
+
+def assert_sums_close(ours, expected, rtol):
+    # a layer in two places of the tree: MLX gives the whole gradient to the last one, zeros to the others
+    assert set(ours) <= set(expected)
+    assert not any(expected.pop(k).any() for k in set(expected) - set(ours))
+    scale = np.sqrt(sum((s**2).sum() for s in expected.values()))
+    for k, s in expected.items():
+        assert ours[k].shape == s.shape, k
+        assert np.abs(numpy64(ours[k]) - s).max(initial=0.0) <= rtol * scale, k
