@@ -11,8 +11,8 @@ using Domain = std::array<uint32_t, 2>;  // words 14 and 15 of the ChaCha20 stat
 // sigma: float32 scalar; key: uint32[8]; counter: uint32[2], low word first.
 mx::array gaussian(std::vector<int> shape, const mx::array& sigma, const mx::array& key, const mx::array& counter,
                    mx::Dtype, Domain, mx::StreamOrDevice);
-Arrays add_gaussian(Arrays leaves, const mx::array& sigma, const mx::array& key, const mx::array& counter, Domain,
-                    mx::StreamOrDevice);
+Arrays add_gaussian(const Arrays& leaves, const mx::array& sigma, const mx::array& key, const mx::array& counter,
+                    Domain, mx::StreamOrDevice);
 mx::array random_bits(std::vector<int> shape, const mx::array& key, const mx::array& counter, Domain,
                       mx::StreamOrDevice);
 // [n, 3] words (radius high, radius low, angle) -> [n, 2] float32, by the kernels' own code. For the tests; runs at
@@ -49,14 +49,19 @@ class Gaussian : public NoiseOp {
   const mx::Dtype dtype_;
 };
 
+// Inputs: leaves, sigma, key, counter. The leaves' noise starts at a tile of the stream that counter starts.
 class AddGaussian : public NoiseOp {
  public:
-  using NoiseOp::NoiseOp;
+  AddGaussian(mx::Stream s, Domain domain, size_t first_tile) : NoiseOp(s, domain), first_tile_(first_tile) {}
   const char* name() const override { return "add_gaussian"; }
   std::vector<mx::Shape> output_shapes(const Arrays& in) override;
 
  protected:
   void cpu(const Arrays&, Arrays&) override;
+  std::vector<int64_t> parameters() const override;
+
+ private:
+  const size_t first_tile_;
 };
 
 class RandomBits : public NoiseOp {

@@ -26,16 +26,29 @@ mx::array gaussian(std::vector<int> shape, const mx::array& sigma, const mx::arr
   return mx::array(out, dtype, op, {sigma, key, counter});
 }
 
-Arrays add_gaussian(Arrays leaves, const mx::array& sigma, const mx::array& key, const mx::array& counter,
+static size_t tiles_of(const mx::array& x) { return (x.size() + NORMALS_PER_TILE - 1) / NORMALS_PER_TILE; }
+
+Arrays add_gaussian(const Arrays& leaves, const mx::array& sigma, const mx::array& key, const mx::array& counter,
                     Domain domain, mx::StreamOrDevice sd) {
-  std::vector<mx::Shape> shapes;
-  std::vector<mx::Dtype> dtypes;
-  for (auto& x : leaves) {
-    shapes.push_back(x.shape());
-    dtypes.push_back(x.dtype());
+  constexpr size_t GROUP = 24;  // every output holds every input, so that one primitive's cost grows as the square
+  const auto s = mx::to_stream(sd);
+  Arrays all;
+  size_t tile = 0;
+  for (size_t begin = 0; begin < leaves.size(); begin += GROUP) {
+    Arrays in(leaves.begin() + begin, leaves.begin() + std::min(leaves.size(), begin + GROUP));
+    std::vector<mx::Shape> shapes;
+    std::vector<mx::Dtype> dtypes;
+    auto op = std::make_shared<AddGaussian>(s, domain, tile);
+    for (auto& x : in) {
+      shapes.push_back(x.shape());
+      dtypes.push_back(x.dtype());
+      tile += tiles_of(x);
+    }
+    in.insert(in.end(), {sigma, key, counter});
+    auto out = mx::array::make_arrays(std::move(shapes), dtypes, op, in);
+    all.insert(all.end(), out.begin(), out.end());
   }
-  leaves.insert(leaves.end(), {sigma, key, counter});
-  return mx::array::make_arrays(shapes, dtypes, std::make_shared<AddGaussian>(mx::to_stream(sd), domain), leaves);
+  return all;
 }
 
 mx::array random_bits(std::vector<int> shape, const mx::array& key, const mx::array& counter, Domain domain,
@@ -83,6 +96,8 @@ std::vector<int64_t> RandomBits::parameters() const {
   return p;
 }
 
+std::vector<int64_t> AddGaussian::parameters() const { return {domain[0], domain[1], int64_t(first_tile_)}; }
+
 std::vector<mx::Shape> AddGaussian::output_shapes(const Arrays& in) {
   std::vector<mx::Shape> shapes;
   for (size_t i = 0; i + 3 < in.size(); i++) shapes.push_back(in[i].shape());
@@ -98,8 +113,9 @@ struct WordsView {
   int64_t stride;
 };
 
-NoiseStream stream_of(WordsView key, WordsView counter, Domain domain) {
-  NoiseStream s{{}, uint64_t(counter[1]) << 32 | counter[0], {domain[0], domain[1]}};
+NoiseStream stream_of(WordsView key, WordsView counter, Domain domain, size_t first_tile = 0) {
+  const uint64_t start = uint64_t(counter[1]) << 32 | counter[0];
+  NoiseStream s{{}, start + BLOCKS_PER_TILE * first_tile, {domain[0], domain[1]}};
   for (int i = 0; i < 8; i++) s.key[i] = key[i];
   return s;
 }
@@ -165,8 +181,6 @@ void add_to_leaves(const std::vector<Leaf>& leaves, size_t tiles, const NoiseStr
     }
   });
 }
-
-size_t tiles_of(size_t n) { return (n + NORMALS_PER_TILE - 1) / NORMALS_PER_TILE; }
 }  // namespace
 
 void Gaussian::cpu(const Arrays& in, Arrays& out) {
@@ -175,9 +189,9 @@ void Gaussian::cpu(const Arrays& in, Arrays& out) {
   if (!n) return;
   Leaf leaf{nullptr, out[0].data<char>(), n, 0, out[0].itemsize(), float_of(dtype_), {}, {}};
   mx::cpu::get_command_encoder(stream()).dispatch(
-      [leaves = std::vector<Leaf>{leaf}, sigma = in[0].data<float>(), key = WordsView(in[1]),
+      [leaves = std::vector<Leaf>{leaf}, tiles = tiles_of(out[0]), sigma = in[0].data<float>(), key = WordsView(in[1]),
        counter = WordsView(in[2]),
-       domain = domain] { add_to_leaves(leaves, tiles_of(leaves[0].n), stream_of(key, counter, domain), *sigma); });
+       domain = domain] { add_to_leaves(leaves, tiles, stream_of(key, counter, domain), *sigma); });
 }
 
 void AddGaussian::cpu(const Arrays& in, Arrays& out) {
@@ -197,14 +211,15 @@ void AddGaussian::cpu(const Arrays& in, Arrays& out) {
     leaves.push_back({in[i].data<char>(), out[i].data<char>(), in[i].size(), tiles, in[i].itemsize(),
                       float_of(in[i].dtype()), contiguous ? mx::Shape{} : in[i].shape(),
                       contiguous ? mx::Strides{} : in[i].strides()});
-    tiles += tiles_of(in[i].size());
+    tiles += tiles_of(in[i]);
   }
   if (!tiles) return;
   const size_t k = out.size();
-  mx::cpu::get_command_encoder(stream()).dispatch(
-      [leaves = std::move(leaves), tiles, sigma = in[k].data<float>(), key = WordsView(in[k + 1]),
-       counter = WordsView(in[k + 2]),
-       domain = domain] { add_to_leaves(leaves, tiles, stream_of(key, counter, domain), *sigma); });
+  mx::cpu::get_command_encoder(stream()).dispatch([leaves = std::move(leaves), tiles, sigma = in[k].data<float>(),
+                                                   key = WordsView(in[k + 1]), counter = WordsView(in[k + 2]),
+                                                   domain = domain, first_tile = first_tile_] {
+    add_to_leaves(leaves, tiles, stream_of(key, counter, domain, first_tile), *sigma);
+  });
 }
 
 void RandomBits::cpu(const Arrays& in, Arrays& out) {

@@ -227,9 +227,10 @@ INLINE void add_tile(const NoiseStream& s, float sigma, uint64_t counter, const 
   for (int lane = 0; lane < int(BLOCKS_PER_TILE); lane += GROUPS * LANES) {
     Words w[GROUPS][16];
     chacha20(s, counter + lane, w);
-    for (int g = 0; g < GROUPS; g++) {
 #pragma GCC unroll 5
-      for (int pair = 0; pair < 5; pair++) {
+    for (int pair = 0; pair < 5; pair++) {
+#pragma GCC unroll 2
+      for (int g = 0; g < GROUPS; g++) {
         Floats z[2];
         box_muller(w[g][3 * pair], w[g][3 * pair + 1], w[g][3 * pair + 2], z[0], z[1]);
 #pragma GCC unroll 2

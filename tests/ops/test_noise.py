@@ -392,6 +392,11 @@ def test_many_small_leaves(backend):
         if i % 10 == 0:
             assert same(y, bw.gaussian(y.shape, 1.0, KEY, counter))
         counter += bw.blocks_used(y)
+    assert counter == 5 + bw.blocks_used(leaves)
+    dsigma = mx.grad(lambda s: bw.add_gaussian(leaves, s, KEY, 5)[-1].sum())(mx.array(2.0))
+    np.testing.assert_allclose(dsigma.item(), out[-1].sum().item(), rtol=1e-4)
+    batch = mx.vmap(lambda c: bw.add_gaussian(leaves, 1.0, KEY, c)[-1])(mx.stack([split(5), split(6)]))
+    np.testing.assert_allclose(np.array(batch[0]), np.array(out[-1]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

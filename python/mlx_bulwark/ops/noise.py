@@ -438,8 +438,10 @@ def _(arrays: list[mx.array], stream: Any) -> list[mx.array]:
 @_native.reference("add_gaussian")
 def _(arrays: list[mx.array], stream: Any) -> list[mx.array]:
     *leaves, sigma, key, counter, parameters = arrays
+    word14, word15, first_tile = _integers(parameters)
     with _on(stream):
-        return _add_gaussian(leaves, sigma, key, counter, _integers(parameters))
+        counter = advance_counter(counter, first_tile * BLOCKS_PER_TILE)
+        return _add_gaussian(leaves, sigma, key, counter, (word14, word15))
 
 
 @_native.reference("random_bits")
