@@ -76,6 +76,7 @@ class Bench:
     problems: list[str] = field(default_factory=list)
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _checks: dict[str, bool] = field(default_factory=dict)
+    _missing: set[str] = field(default_factory=set)
 
     def row(self, name: str, value: float, unit: str, *, better: str, peer: str | None = None) -> None:
         """Report a figure.
@@ -175,7 +176,9 @@ class Bench:
         try:
             peer = importlib.import_module(module)
         except ImportError as e:
-            print(f"  {self.suite}: no {module} ({e}): rows with this peer are skipped")
+            if module not in self._missing:
+                print(f"  {self.suite}: no {module} ({e}): rows with this peer are skipped")
+                self._missing.add(module)
             return None
         if module == "torch":
             peer.set_num_threads(THREADS)

@@ -223,17 +223,17 @@ def configure(tmp_path):
         if library:
             (site / "mlx" / "share" / "cmake" / "MLX").mkdir(parents=True)
             (site / "mlx" / "share" / "cmake" / "MLX" / "MLXConfig.cmake").touch()
-        (tmp_path / "CMakeLists.txt").write_text(
+        script = tmp_path / "probe.cmake"
+        script.write_text(
             textwrap.dedent(f"""
             cmake_minimum_required(VERSION 3.24)
-            project(probe LANGUAGES NONE)
             set(Python_EXECUTABLE "{sys.executable}")
             include("{ROOT}/cmake/mlx.cmake")
             message(STATUS "built for ${{MLX_BUILT_FOR}}")
             """)
         )
         done = subprocess.run(
-            [Path(cmake.CMAKE_BIN_DIR) / "cmake", "-G", "Unix Makefiles", "-S", tmp_path, "-B", tmp_path / "build"],
+            [Path(cmake.CMAKE_BIN_DIR) / "cmake", "-P", script],
             env=os.environ | {"PYTHONPATH": str(site)},
             capture_output=True,
             text=True,
