@@ -30,7 +30,7 @@ def one_leaf(bench):
         "reference": lambda: clip.clip_and_sum_reference(g, mx.array(c), sigma=mx.array(SIGMA), key=key, counter=0),
     }
     if torch := bench.peer("torch"):
-        t = torch.from_numpy(np.array(g))
+        t = torch.from_numpy(np.array(g)).clone()  # memory of its own kind: numpy's has huge pages
         total, noise = torch.empty(COLUMNS), torch.empty(COLUMNS)
 
         def in_torch():
@@ -66,7 +66,7 @@ def norms(bench):
     g = gradients(COLUMNS)
     contestants = {"ours": lambda: bw.sample_sq_norms(g)}
     if torch := bench.peer("torch"):
-        t = torch.from_numpy(np.array(g))
+        t = torch.from_numpy(np.array(g)).clone()
         contestants["torch"] = lambda: torch.linalg.vector_norm(t, dim=1).square_()
     bench.check(case, lambda: np.allclose(np.array(contestants["ours"]()), sq_norms64(g), rtol=1e-6))
     times = bench.compare(contestants)
@@ -88,7 +88,7 @@ def many_leaves(bench):
         ),
     }
     if torch := bench.peer("torch"):
-        ts = [torch.from_numpy(np.array(g)) for g in leaves]
+        ts = [torch.from_numpy(np.array(g)).clone() for g in leaves]
 
         def in_torch():
             norms = torch.stack([torch.linalg.vector_norm(t, dim=1) for t in ts]).norm(dim=0)

@@ -166,6 +166,9 @@ class Bench:
             for i in range(rounds):
                 order = list(contestants)
                 for name in order[i % len(order) :] + order[: i % len(order)]:
+                    time.sleep(
+                        0.01
+                    )  # OpenMP's threads spin for milliseconds after their work, into the next one's time
                     samples[name].append(seconds(contestants[name], calls[name]))
         finally:
             gc.enable()

@@ -21,7 +21,7 @@ static constexpr size_t WANTED_TASKS = 64;
 static constexpr size_t FEW_COLUMNS = 65536;  // below it the batch is split too, in chunks of at least
 static constexpr size_t CHUNK_ROWS = 32;
 static constexpr size_t UNIT_BYTES = 128 << 10;
-static constexpr size_t GROUP_BYTES = 4 << 20;  // of rows that stay in the last-level cache from norm to sum
+static constexpr size_t GROUP_BYTES = 8 << 20;  // of rows that stay in the last-level cache from norm to sum
 
 static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
@@ -130,24 +130,22 @@ static void sq_norms(const Work& w, size_t from, size_t to, std::vector<double>&
   finish(w, from, to, parts, out);
 }
 
-static void add_rows(const Work& w, const Piece& piece, size_t from, size_t to, const float* factors, float* y,
-                     size_t ahead) {
+static void add_rows(const Work& w, const Piece& piece, size_t from, size_t to, const float* factors, float* y) {
   if (from == to) return;  // an empty batch has no data to point into
   auto& leaf = w.leaves[piece.leaf];
   BULWARK_PICK(clip_kernels)
       .add_rows[leaf.type](leaf.x + (from * leaf.columns + piece.at) * leaf.item, leaf.columns, to - from,
-                           factors + from, y, piece.n, ahead, w.batch - from);
+                           factors + from, y, piece.n);
 }
 
 // Adds a task's columns of the rows [from, to), one after another, to what the rows before have left in the leaves' y.
-static void add_task(const Work& w, size_t t, size_t from, size_t to, const float* factors, size_t ahead,
-                     const Noise& noise) {
+static void add_task(const Work& w, size_t t, size_t from, size_t to, const float* factors, const Noise& noise) {
   for (size_t p = w.task[t]; p < w.task[t + 1]; p++) {
     auto& piece = w.pieces[p];
     auto& leaf = w.leaves[piece.leaf];
     float* y = leaf.y + piece.at;
     if (from == 0) std::memset(y, 0, piece.n * sizeof(float));
-    add_rows(w, piece, from, to, factors, y, ahead);
+    add_rows(w, piece, from, to, factors, y);
     if (to == w.batch) noise.add(leaf.first_block, piece.at / NORMALS_PER_TILE, y, piece.n);
   }
 }
@@ -160,8 +158,7 @@ static void add_chunks(const Work& w, size_t from, size_t to, const float* facto
   parallel_for(chunks * tasks, [&](size_t unit) {
     size_t c = unit / tasks, t = unit % tasks, r = from + c * w.chunk();
     for (size_t p = w.task[t]; p < w.task[t + 1]; p++)
-      add_rows(w, w.pieces[p], r, std::min(to, r + w.chunk()), factors, &scratch[c * w.columns + w.pieces[p].scratch],
-               0);
+      add_rows(w, w.pieces[p], r, std::min(to, r + w.chunk()), factors, &scratch[c * w.columns + w.pieces[p].scratch]);
   });
   parallel_for(tasks, [&](size_t t) {
     for (size_t p = w.task[t]; p < w.task[t + 1]; p++) {
@@ -178,9 +175,8 @@ static void add_chunks(const Work& w, size_t from, size_t to, const float* facto
 
 static void add_to_sums(const Work& w, size_t from, size_t to, const float* factors, std::vector<float>& scratch,
                         const Noise& noise) {
-  constexpr size_t AHEAD = 4;  // as many rows as the kernel adds at once
   if (w.chunked()) return add_chunks(w, from, to, factors, scratch, noise);
-  parallel_for(w.tasks(), [&](size_t t) { add_task(w, t, from, to, factors, AHEAD, noise); });
+  parallel_for(w.tasks(), [&](size_t t) { add_task(w, t, from, to, factors, noise); });
 }
 
 static void allocate(Arrays& out) {
@@ -331,7 +327,7 @@ static int clip_in_groups(const Work& w, const Clip& clip, float* norms, const N
     } else if (unit % 2 == 1 && g > 0) {
       size_t from = --g * rows;
       wait_until([&] { return ready[g] && (g == 0 || summed[g - 1] == tasks); });
-      add_task(w, t, from, std::min(w.batch, from + rows), clip.factors, 0, noise);
+      add_task(w, t, from, std::min(w.batch, from + rows), clip.factors, noise);
       summed[g]++;
     }
   });
