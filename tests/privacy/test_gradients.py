@@ -88,6 +88,29 @@ class Encoder(nn.Module):
         return self.encoder(x, None)
 
 
+class Pairs(nn.Module):
+    """A layer of two inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.bilinear = nn.Bilinear(6, 6, 3)
+
+    def __call__(self, x):
+        return self.bilinear(x, mx.sin(x))
+
+
+class Masked(nn.Module):
+    """A layer without a rule that takes an array without a batch axis too."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = Scale(6)
+        self.scale.__class__ = type("MaskedScale", (Scale,), {"__call__": lambda s, x, mask: x * s.gain * mask})
+
+    def __call__(self, x):
+        return self.scale(x, mx.arange(6) % 2)
+
+
 class Pool(nn.Module):
     def __call__(self, x):
         return x.reshape(x.shape[0], -1)
@@ -136,6 +159,10 @@ MODELS = {
     "group norm": (lambda: nn.GroupNorm(2, 4), IMAGE, 1e-5),
     "group norm of torch": (lambda: nn.GroupNorm(2, 4, pytorch_compatible=True), IMAGE, 1e-5),
     "generic": (lambda: Sequence(nn.Linear(6, 6), Scale(6)), STEPS, 1e-5),
+    "generic of two inputs": (Pairs, STEPS, 1e-5),
+    "generic with a shared input": (Masked, STEPS, 1e-5),
+    "instance norm": (lambda: nn.InstanceNorm(4, affine=True), IMAGE, 1e-5),
+    "prelu": (lambda: Sequence(nn.Linear(6, 5), nn.PReLU()), STEPS, 1e-5),
     "generic twice": (lambda: Twice(Scale(6)), STEPS, 1e-5),
     "generic lstm": (States, STEPS, 1e-5),
     "generic gru": (lambda: nn.GRU(6, 4), STEPS, 1e-5),

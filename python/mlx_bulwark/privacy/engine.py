@@ -387,7 +387,7 @@ class PrivacyEngine:
     def _release(self, gradients: ClippedGradients) -> dict[str, mx.array] | None:
         """Take clipped sums; at the end of a logical batch charge the step and return the noised mean."""
         sums = self._spend(gradients)
-        traced = any(_is_traced(s) for s in sums.values())
+        traced = _is_traced(*sums.values())
         if not gradients._last:
             if traced:
                 raise PrivacyError(
@@ -475,10 +475,10 @@ def _add(sums: dict[str, mx.array], accumulated: dict[str, mx.array]) -> dict[st
     return {path: s + accumulated[path] for path, s in sums.items()} if accumulated else sums
 
 
-def _is_traced(a: mx.array) -> bool:
-    """Tell whether the array is a placeholder of mx.compile. An eager array starts to be computed."""
+def _is_traced(*arrays: mx.array) -> bool:
+    """Tell whether there are placeholders of mx.compile. Eager arrays start to be computed."""
     try:
-        mx.async_eval(a)
+        mx.async_eval(*arrays)
     except ValueError:
         return True
     return False
