@@ -94,6 +94,7 @@ def test_layers_are_left_as_they_were(backend):
 
 def test_one_array_and_a_batch(backend):
     e = engine()
-    assert e.check(nn.Linear(5, 2), X, lambda m, x: m(x).sum(axis=1)).examples == 6
+    for one in (X, np.array(X)):
+        assert e.check(nn.Linear(5, 2), one, lambda m, x: m(x).sum(axis=1)).examples == 6
     (batch,) = e.batches((np.array(X).repeat(10, 0),), steps=1)
     assert e.check(nn.Linear(5, 2), batch, lambda m, x: m(x).sum(axis=1)).examples == batch.mask.size

@@ -10,7 +10,7 @@ from mlx.utils import tree_map
 from tqdm import tqdm
 
 from .batches import Batch
-from .gradients import ClippedSums, LossFunction, batch_size_of, clipped_sums, per_example
+from .gradients import ClippedSums, LossFunction, batch_size_of, clipped_sums, per_example, to_mlx
 from .taps import PrivacyError, named_arrays
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def check(engine: "PrivacyEngine", model: nn.Module, batch: Any, loss_fn: LossFu
 def _arrays(batch: Any) -> Arrays:
     if isinstance(batch, Batch):
         return batch.data
-    return tuple(batch) if isinstance(batch, (tuple, list)) else (batch,)
+    return to_mlx(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,))
 
 
 def _private(engine: "PrivacyEngine", model: nn.Module, loss_fn: LossFunction, arrays: Arrays) -> ClippedSums:

@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from ..ops.clip import clip_factors, clipped_sum, sample_sq_norms
@@ -37,6 +38,7 @@ def clipped_sums(
     sites = find_sites(model, has_rule)
     if not sites:
         raise PrivacyError("[value_and_grad] model must have trainable parameters but has none")
+    batch = to_mlx(batch)
     B = batch_size_of(batch)
     if B == 0:
         zeros = {s.path: mx.zeros(s.array.shape) for site in sites for s in site.slots}
@@ -54,6 +56,12 @@ def clipped_sums(
     for site in sites:  # a layer that the loss does not reach: its noise must be there all the same
         sums.update({s.path: mx.zeros(s.array.shape) for s in site.slots if s.path not in sums})
     return ClippedSums(losses, sums, total, num_refused)
+
+
+def to_mlx(batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the batch with numpy arrays as MLX arrays."""
+    converted: tuple[Any, ...] = tree_map(lambda a: mx.array(a) if isinstance(a, np.ndarray) else a, batch)
+    return converted
 
 
 def batch_size_of(batch: tuple[Any, ...]) -> int:
