@@ -1,8 +1,10 @@
 """The documents say what is so: their files exist, and README's Python runs as it stands."""
 
+import inspect
 import re
 from pathlib import Path
 
+import mlx_bulwark as bw
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,3 +36,25 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     for block in blocks("README.md", "python"):
         exec(compile(block, "README.md", "exec"), names)
     assert names["bw"].backend().name == "native"
+
+
+def public_functions():
+    for name in bw.__all__:
+        found = getattr(bw, name)
+        if inspect.isfunction(found):
+            yield name, found
+        elif found.__module__.startswith("mlx_bulwark"):
+            for method, f in vars(found).items():
+                f = getattr(f, "__func__", f)
+                if inspect.isfunction(f) and not method.startswith("_"):
+                    yield f"{name}.{method}", f
+
+
+@pytest.mark.parametrize(("name", "function"), list(public_functions()))
+def test_docstrings_are_whole(name, function):
+    text = inspect.getdoc(function) or ""
+    arguments = re.search(r"^Args:\n(.*?)(?=^\w|\Z)", text, re.MULTILINE | re.DOTALL)
+    documented = re.findall(r"^    (\w+): ", arguments[1], re.MULTILINE) if arguments else []
+    assert documented == [p for p in inspect.signature(function).parameters if p not in ("self", "cls")]
+    assert re.search(r"^Returns:$", text, re.MULTILINE) or inspect.signature(function).return_annotation is None
+    assert re.search(r"^Example:\n    >>> ", text, re.MULTILINE)

@@ -107,5 +107,16 @@ class PrivateOptimizer:
         self.optimizer.learning_rate = learning_rate
 
     def init(self, parameters: Any) -> None:
-        """Initialise the wrapped optimizer's state for these parameters."""
+        """Initialise the wrapped optimizer's state; ``update`` does so by itself where it is not done.
+
+        Args:
+            parameters: A model's tree of trainable parameters.
+
+        Example:
+            >>> import mlx.nn as nn, mlx.optimizers as optim
+            >>> import mlx_bulwark as bw
+            >>> engine = bw.PrivacyEngine(1000, batch_size=10, noise_multiplier=1.0, max_grad_norm=1.0)
+            >>> optimizer = engine.wrap(optim.Adam(1e-3))
+            >>> optimizer.init(nn.Linear(3, 2).trainable_parameters())
+        """
         self.optimizer.init(parameters)
