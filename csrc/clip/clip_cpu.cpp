@@ -16,12 +16,12 @@ namespace bulwark {
 // Columns are the values of one sample over all leaves. How work is split depends on shapes alone, so that results do
 // not depend on the number of threads.
 static constexpr size_t LEAST_TASK_COLUMNS = 16 * NORMALS_PER_TILE;
-static constexpr size_t MOST_TASK_COLUMNS = 64 * NORMALS_PER_TILE;
-static constexpr size_t WANTED_TASKS = 64;
+static constexpr size_t MOST_TASK_COLUMNS = 256 * NORMALS_PER_TILE;  // long runs: memory delivers them faster
+static constexpr size_t WANTED_TASKS = 16;
 static constexpr size_t FEW_COLUMNS = 65536;  // below it the batch is split too, in chunks of at least
 static constexpr size_t CHUNK_ROWS = 32;
 static constexpr size_t UNIT_BYTES = 128 << 10;
-static constexpr size_t GROUP_BYTES = 8 << 20;  // of rows that stay in the last-level cache from norm to sum
+static constexpr size_t GROUP_BYTES = 12 << 20;  // of rows that stay in the last-level cache from norm to sum
 
 static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 

@@ -72,32 +72,28 @@ struct BF16 {
   }
 };
 
-// Squares are added in float over short blocks, so that a lane takes 16 of them, and blocks in double.
+// Four runs at once keep more of the memory busy than one. Squares are added in float over short blocks, so that a lane
+// takes 16 of them, and blocks in double.
 template <class F>
 static double sum_of_squares(const typename F::Value* x, size_t n) {
-  constexpr size_t BLOCK = 64 * LANES;
-  double total = 0;
-  size_t i = 0;
-  if (n >= LANES) {
-    Doubles sums{};
-    while (i + LANES <= n) {
-      size_t end = i + BLOCK < n ? i + BLOCK : n;
-      Vec s[4] = {};
-      for (; i + 4 * LANES <= end; i += 4 * LANES)
-        for (int k = 0; k < 4; k++) {
-          Vec v = F::vector(x + i + k * LANES);
-          s[k] += v * v;
-        }
-      for (; i + LANES <= end; i += LANES) {
-        Vec v = F::vector(x + i);
-        s[0] += v * v;
+  constexpr size_t RUNS = 4, BLOCK = 16 * LANES;
+  size_t run = n / (RUNS * LANES) * LANES, i = RUNS * run;
+  Doubles sums{};
+  for (size_t at = 0; at < run;) {
+    size_t end = at + BLOCK < run ? at + BLOCK : run;
+    Vec s[RUNS] = {};
+    for (; at < end; at += LANES)
+      for (size_t k = 0; k < RUNS; k++) {
+        Vec v = F::vector(x + k * run + at);
+        s[k] += v * v;
       }
-      Vec block = (s[0] + s[1]) + (s[2] + s[3]);
-      sums += __builtin_convertvector(load<HalfVec>(&block), Doubles);
-      sums += __builtin_convertvector(load<HalfVec>((const char*)&block + sizeof(HalfVec)), Doubles);
-    }
-    for (int k = 0; k < LANES / 2; k++) total += sums[k];
+    Vec block = (s[0] + s[1]) + (s[2] + s[3]);
+    sums += __builtin_convertvector(load<HalfVec>(&block), Doubles);
+    sums += __builtin_convertvector(load<HalfVec>((const char*)&block + sizeof(HalfVec)), Doubles);
   }
+  double total = 0;
+  if (run)
+    for (int k = 0; k < LANES / 2; k++) total += sums[k];
   for (; i < n; i++) {
     float v = F::scalar(x[i]);
     total += v * v;
