@@ -1,6 +1,5 @@
 """Per-sample clipping: norms, factors and clipped sums over whole gradient trees."""
 
-import contextlib
 import itertools
 import math
 from functools import partial
@@ -11,10 +10,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from .. import _native
 from .._native import Stream
-from . import noise
-from .noise import Counter
+from .noise import FLOATS, Counter, _like, _noise, _on, add_gaussian_reference, blocks_used
 
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 MODES = ("flat", "automatic")
 # MLX adds float32 in sequence on the CPU: the reference splits longer sums, so that they stay good to 1e-6.
 COLUMNS = 32
@@ -196,11 +193,11 @@ def clipped_sum(
             f"[clipped_sum] factors must have shape [{batch}] and dtype float32 "
             f"but has shape {list(factors.shape)} and dtype {factors.dtype}"
         )
-    drawn = _noise("clipped_sum", leaves, sigma, key, counter)
+    drawn = _noise_inputs("clipped_sum", leaves, sigma, key, counter)
     with _on(stream):
         factors = factors.astype(mx.float32)
     if _native.runs_native(stream):
-        return _tree_like(grads, _native.ext.clipped_sum(leaves, factors, drawn, stream))
+        return _like(grads, _native.ext.clipped_sum(leaves, factors, drawn, stream))
     return clipped_sum_reference(grads, factors, *drawn, stream=stream)
 
 
@@ -224,7 +221,7 @@ def clipped_sum_reference(
         sums = tree_map(one, grads)
         if sigma is None or key is None or counter is None:
             return sums
-        return noise.add_gaussian_reference(sums, sigma, key, counter)
+        return add_gaussian_reference(sums, sigma, key, counter)
 
 
 def clip_and_sum(
@@ -275,10 +272,10 @@ def clip_and_sum(
     leaves = _leaves("clip_and_sum", grads)
     bound = _bound("clip_and_sum", max_grad_norm, mode)
     _check_mask("clip_and_sum", mask, leaves[0].shape[0])
-    drawn = _noise("clip_and_sum", leaves, sigma, key, counter)
+    drawn = _noise_inputs("clip_and_sum", leaves, sigma, key, counter)
     if _native.runs_native(stream):
         out = _native.ext.clip_and_sum(leaves, bound, mode, [] if mask is None else [mask], drawn, stream)
-        return _tree_like(grads, out[: len(leaves)]), ClippedNorms(*out[len(leaves) :])
+        return _like(grads, out[: len(leaves)]), ClippedNorms(*out[len(leaves) :])
     return clip_and_sum_reference(grads, bound, mode, mask, *drawn, stream=stream)
 
 
@@ -333,19 +330,14 @@ for _noisy in (False, True):
         )
 
 
-def _noise(op: str, leaves: list[mx.array], sigma: Any, key: Any, counter: Any) -> list[mx.array]:
+def _noise_inputs(op: str, leaves: list[mx.array], sigma: Any, key: Any, counter: Any) -> list[mx.array]:
     given = {"sigma": sigma, "key": key, "counter": counter}
     missing = [name for name, value in given.items() if value is None]
     if len(missing) == 3:
         return []
     if missing:
         raise ValueError(f"[{op}] sigma, key and counter must be given together but {' and '.join(missing)} is None")
-    blocks = sum(noise.blocks_used(g.shape[1:]) for g in leaves)
-    return list(noise._noise(op, sigma, key, counter, blocks))
-
-
-def _on(stream: Stream) -> contextlib.AbstractContextManager[Any]:
-    return contextlib.nullcontext() if stream is None else mx.stream(stream)
+    return list(_noise(op, sigma, key, counter, sum(blocks_used(g.shape[1:]) for g in leaves)))
 
 
 def _named(grads: Any) -> list[tuple[str, Any]]:
@@ -366,11 +358,6 @@ def _leaves(op: str, grads: Any) -> list[mx.array]:
         if g.dtype not in FLOATS:
             raise ValueError(f"[{op}] {name} must be float32, float16 or bfloat16 but has dtype {g.dtype}")
     return [g for _, g in named]
-
-
-def _tree_like(grads: Any, leaves: list[mx.array]) -> Any:
-    rest = iter(leaves)
-    return tree_map(lambda _: next(rest), grads)
 
 
 def _bound(op: str, max_grad_norm: float | mx.array, mode: str) -> mx.array:
