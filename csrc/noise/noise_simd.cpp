@@ -41,6 +41,11 @@ INLINE Words splat(uint32_t x) { return Words{} + x; }
 // ---- ChaCha20
 
 template <int N>
+INLINE uint32_t rotate(uint32_t x) {
+  return x << N | x >> (32 - N);
+}
+
+template <int N>
 INLINE Words rotate(Words x) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
   if (N == 16 || N == 8) {  // one byte shuffle in place of two shifts and an or
@@ -52,51 +57,73 @@ INLINE Words rotate(Words x) {
   return x << N | x >> (32 - N);
 }
 
-INLINE void quarter_round(Words& a, Words& b, Words& c, Words& d) {
+template <typename V>
+INLINE void quarter_round(V& a, V& b, V& c, V& d) {
   a += b, d = rotate<16>(d ^ a);
   c += d, b = rotate<12>(b ^ c);
   a += b, d = rotate<8>(d ^ a);
   c += d, b = rotate<7>(b ^ c);
 }
 
-INLINE void start_blocks(const NoiseStream& s, uint64_t counter, Words x[16]) {
-  Words lane;
-  for (int i = 0; i < LANES; i++) lane[i] = i;
-  const Words low = lane + uint32_t(counter);
-  x[0] = splat(0x61707865), x[1] = splat(0x3320646e), x[2] = splat(0x79622d32), x[3] = splat(0x6b206574);
-#pragma GCC unroll 8
-  for (int i = 0; i < 8; i++) x[4 + i] = splat(s.key[i]);
-  x[12] = low, x[13] = uint32_t(counter >> 32) - (Words)(low < uint32_t(counter));  // a true comparison is -1
-  x[14] = splat(s.domain[0]), x[15] = splat(s.domain[1]);
+// What all blocks of a stream share: the constant words, and these after the first quarter rounds of columns 2 and 3,
+// which no counter reaches.
+struct Constants {
+  explicit Constants(const NoiseStream& s) {
+    const uint32_t head[4] = {0x61707865, 0x3320646e, 0x79622d32, 0x6b206574};
+    memcpy(start, head, sizeof head);
+    memcpy(start + 4, s.key, sizeof s.key);
+    memcpy(start + 14, s.domain, sizeof s.domain);
+    memcpy(later, start, sizeof start);
+    quarter_round(later[2], later[6], later[10], later[14]);
+    quarter_round(later[3], later[7], later[11], later[15]);
+  }
+  uint32_t start[16] = {}, later[16];
+};
+
+INLINE void columns_0_and_1(Words* x) {
+  quarter_round(x[0], x[4], x[8], x[12]);
+  quarter_round(x[1], x[5], x[9], x[13]);
+}
+INLINE void columns_2_and_3(Words* x) {
+  quarter_round(x[2], x[6], x[10], x[14]);
+  quarter_round(x[3], x[7], x[11], x[15]);
+}
+INLINE void diagonals(Words* x) {
+  quarter_round(x[0], x[5], x[10], x[15]);
+  quarter_round(x[1], x[6], x[11], x[12]);
+  quarter_round(x[2], x[7], x[8], x[13]);
+  quarter_round(x[3], x[4], x[9], x[14]);
 }
 
 // Blocks counter .. counter + GROUPS * LANES, one a lane.
-INLINE void chacha20(const NoiseStream& s, uint64_t counter, Words x[GROUPS][16]) {
-  Words start[GROUPS][16];
+INLINE void chacha20(const Constants& s, uint64_t counter, Words x[GROUPS][16]) {
+  Words lane, low[GROUPS], high[GROUPS];
+  for (int i = 0; i < LANES; i++) lane[i] = i;
 #pragma GCC unroll 2
   for (int g = 0; g < GROUPS; g++) {
-    start_blocks(s, counter + g * LANES, start[g]);
+    const uint64_t c = counter + g * LANES;
+    low[g] = lane + uint32_t(c);
+    high[g] = uint32_t(c >> 32) - (Words)(low[g] < uint32_t(c));  // a true comparison is -1
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) x[g][i] = start[g][i];
+    for (int i = 0; i < 16; i++) x[g][i] = splat(s.later[i]);
+    x[g][12] = low[g];
+    x[g][13] = high[g];
+    columns_0_and_1(x[g]);
+    diagonals(x[g]);
   }
-  for (int round = 0; round < 10; round++) {
+  for (int round = 1; round < 10; round++) {
 #pragma GCC unroll 2
     for (int g = 0; g < GROUPS; g++) {
-      Words* v = x[g];
-      quarter_round(v[0], v[4], v[8], v[12]);
-      quarter_round(v[1], v[5], v[9], v[13]);
-      quarter_round(v[2], v[6], v[10], v[14]);
-      quarter_round(v[3], v[7], v[11], v[15]);
-      quarter_round(v[0], v[5], v[10], v[15]);
-      quarter_round(v[1], v[6], v[11], v[12]);
-      quarter_round(v[2], v[7], v[8], v[13]);
-      quarter_round(v[3], v[4], v[9], v[14]);
+      columns_0_and_1(x[g]);
+      columns_2_and_3(x[g]);
+      diagonals(x[g]);
     }
   }
 #pragma GCC unroll 2
-  for (int g = 0; g < GROUPS; g++)
+  for (int g = 0; g < GROUPS; g++) {
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) x[g][i] += start[g][i];
+    for (int i = 0; i < 16; i++) x[g][i] += i == 12 ? low[g] : i == 13 ? high[g] : splat(s.start[i]);
+  }
 }
 
 // ---- Box-Muller
@@ -223,7 +250,7 @@ struct Stored<Float::f16> {
 // ---- Kernels
 
 template <Float F, bool ADD, typename T = typename Stored<F>::type>
-INLINE void add_tile(const NoiseStream& s, float sigma, uint64_t counter, const T* x, T* y) {
+INLINE void add_tile(const Constants& s, float sigma, uint64_t counter, const T* x, T* y) {
   for (int lane = 0; lane < int(BLOCKS_PER_TILE); lane += GROUPS * LANES) {
     Words w[GROUPS][16];
     chacha20(s, counter + lane, w);
@@ -245,14 +272,15 @@ INLINE void add_tile(const NoiseStream& s, float sigma, uint64_t counter, const 
 
 template <Float F, bool ADD, typename T = typename Stored<F>::type>
 void add_tiles(const NoiseStream& s, float sigma, size_t first_tile, const T* x, T* y, size_t n) {
+  const Constants constants(s);
   uint64_t counter = s.counter + BLOCKS_PER_TILE * first_tile;
   size_t i = 0;
   for (; i + NORMALS_PER_TILE <= n; i += NORMALS_PER_TILE, counter += BLOCKS_PER_TILE)
-    add_tile<F, ADD>(s, sigma, counter, ADD ? x + i : x, y + i);
+    add_tile<F, ADD>(constants, sigma, counter, ADD ? x + i : x, y + i);
   if (i == n) return;
   T last[NORMALS_PER_TILE] = {};
   if (ADD) memcpy(last, x + i, (n - i) * sizeof(T));
-  add_tile<F, ADD>(s, sigma, counter, last, last);
+  add_tile<F, ADD>(constants, sigma, counter, last, last);
   memcpy(y + i, last, (n - i) * sizeof(T));
 }
 
@@ -272,10 +300,11 @@ void add_normals(const NoiseStream& s, float sigma, size_t first_tile, const voi
 }
 
 void keystream(const NoiseStream& s, size_t first_block, uint32_t* y, size_t n) {
+  const Constants constants(s);
   uint64_t counter = s.counter + first_block;
   for (size_t i = 0; i < n; counter += GROUPS * LANES) {
     Words w[GROUPS][16];
-    chacha20(s, counter, w);
+    chacha20(constants, counter, w);
     for (int block = 0; block < GROUPS * LANES && i < n; block++)
       for (int k = 0; k < 16 && i < n; k++) y[i++] = w[block / LANES][k][block % LANES];
   }
