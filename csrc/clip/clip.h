@@ -24,38 +24,68 @@ class SampleSqNorms : public Op {
   void cpu(const Arrays&, Arrays&) override;
 };
 
-// Inputs: leaves, factors, noise.
-class ClippedSum : public Op {
+// Base of the two sums. Their first inputs are the leaves, their last ones the noise.
+//
+// Every output of a primitive holds every input, which costs the square of the number of leaves. Where there are many,
+// the sums are one flat output, and a second primitive takes it apart.
+class SumOp : public Op {
  public:
-  ClippedSum(mx::Stream s, bool noisy) : Op(s), noisy_(noisy) {}
-  const char* name() const override { return noisy_ ? "clipped_sum_noisy" : "clipped_sum"; }
-  std::vector<mx::Shape> output_shapes(const Arrays& in) override;
-  std::pair<Arrays, std::vector<int>> vmap(const Arrays& in, const std::vector<int>& axes) override;
-
- protected:
-  void cpu(const Arrays&, Arrays&) override;
-  bool same(const Op& o) const override { return noisy_ == static_cast<const ClippedSum&>(o).noisy_; }
-
- private:
-  size_t leaves(const Arrays& in) const { return in.size() - 1 - 3 * noisy_; }
-  bool noisy_;
-};
-
-// Inputs: leaves, max_grad_norm, mask, noise.
-class ClipAndSum : public Op {
- public:
-  ClipAndSum(mx::Stream s, const std::string& mode, bool masked, bool noisy);
+  SumOp(mx::Stream s, const char* op, const std::string& suffix, const Arrays& leaves, bool noisy);
   const char* name() const override { return name_.c_str(); }
   std::vector<mx::Shape> output_shapes(const Arrays& in) override;
   std::pair<Arrays, std::vector<int>> vmap(const Arrays& in, const std::vector<int>& axes) override;
+  size_t num_sums() const { return flat_ ? 1 : leaves_; }
+
+ protected:
+  Arrays reference(const Arrays& in) override;
+  bool same(const Op& o) const override;
+  virtual std::vector<mx::Shape> other_shapes(const Arrays&) { return {}; }
+
+  const size_t leaves_;
+  const bool noisy_, flat_;
+
+ private:
+  const std::string op_, name_;
+};
+
+// Inputs: leaves, factors, noise.
+class ClippedSum : public SumOp {
+ public:
+  ClippedSum(mx::Stream s, const Arrays& leaves, bool noisy) : SumOp(s, "clipped_sum", "", leaves, noisy) {}
 
  protected:
   void cpu(const Arrays&, Arrays&) override;
-  bool same(const Op& o) const override { return name_ == static_cast<const ClipAndSum&>(o).name_; }
+};
+
+// Inputs: leaves, max_grad_norm, mask, noise.
+class ClipAndSum : public SumOp {
+ public:
+  ClipAndSum(mx::Stream s, const std::string& mode, bool masked, const Arrays& leaves, bool noisy)
+      : SumOp(s, "clip_and_sum", "_" + mode + (masked ? "_masked" : ""), leaves, noisy),
+        automatic_(mode == "automatic"),
+        masked_(masked) {}
+
+ protected:
+  void cpu(const Arrays&, Arrays&) override;
+  std::vector<mx::Shape> other_shapes(const Arrays& in) override { return {{in[0].shape(0)}, {in[0].shape(0)}, {}}; }
 
  private:
-  size_t leaves(const Arrays& in) const { return in.size() - 1 - masked_ - 3 * noisy_; }
-  std::string name_;
-  bool automatic_, masked_, noisy_;
+  const bool automatic_, masked_;
+};
+
+// Takes a flat array apart, without a copy.
+class Pieces : public Op {
+ public:
+  Pieces(mx::Stream s, std::vector<mx::Shape> shapes) : Op(s), shapes_(std::move(shapes)) {}
+  const char* name() const override { return "pieces"; }
+  std::vector<mx::Shape> output_shapes(const Arrays& in) override;
+
+ protected:
+  void cpu(const Arrays&, Arrays&) override;
+  Arrays reference(const Arrays& in) override;
+  bool same(const Op& o) const override { return shapes_ == static_cast<const Pieces&>(o).shapes_; }
+
+ private:
+  const std::vector<mx::Shape> shapes_;
 };
 }  // namespace bulwark

@@ -1,6 +1,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <thread>
 
 #include "clip/clip.h"
@@ -20,8 +21,11 @@ static constexpr size_t MOST_TASK_COLUMNS = 256 * NORMALS_PER_TILE;  // long run
 static constexpr size_t WANTED_TASKS = 16;
 static constexpr size_t FEW_COLUMNS = 65536;  // below it the batch is split too, in chunks of at least
 static constexpr size_t CHUNK_ROWS = 32;
-static constexpr size_t UNIT_BYTES = 128 << 10;
+static constexpr size_t CHUNK_COLUMNS = 32768;  // times rows
+static constexpr size_t UNIT_BYTES = 1 << 20;
 static constexpr size_t GROUP_BYTES = 12 << 20;  // of rows that stay in the last-level cache from norm to sum
+
+static constexpr size_t MOST_OUTPUTS = 32;  // of one primitive; see SumOp
 
 static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
@@ -46,6 +50,22 @@ struct Noise {
   }
 };
 
+static size_t size_of(const mx::Shape& shape) {
+  size_t n = 1;
+  for (auto d : shape) n *= d;
+  return n;
+}
+
+static size_t columns_of(const mx::array& leaf) {
+  return size_of(mx::Shape(leaf.shape().begin() + 1, leaf.shape().end()));
+}
+
+static size_t columns_of(const Arrays& in, size_t leaves) {
+  size_t n = 0;
+  for (size_t i = 0; i < leaves; i++) n += columns_of(in[i]);
+  return n;
+}
+
 struct Leaf {
   const char* x;
   float* y;
@@ -69,8 +89,7 @@ struct Work {
     uint64_t blocks = 0;
     for (size_t i = 0; i < leaves_in; i++) {
       auto& g = in[i];
-      size_t n = 1;
-      for (size_t d = 1; d < g.ndim(); d++) n *= g.shape(d);
+      size_t n = columns_of(g);
       int type = g.dtype() == mx::float32 ? 0 : g.dtype() == mx::float16 ? 1 : 2;
       leaves.push_back({g.size() ? g.data<char>() : nullptr, nullptr, n, g.itemsize(), type, blocks});
       blocks += ceil_div(n, NORMALS_PER_TILE) * BLOCKS_PER_TILE;
@@ -95,8 +114,17 @@ struct Work {
     if (held) task.push_back(pieces.size());
   }
 
+  // Sums go to one array a leaf, or one behind the other to the first array.
+  void sums_to(Arrays& out, bool flat) {
+    size_t before = 0;
+    for (size_t i = 0; i < leaves.size(); i++) {
+      leaves[i].y = flat ? out[0].data<float>() + before : out[i].data<float>();
+      before += leaves[i].columns;
+    }
+  }
+
   size_t tasks() const { return task.size() - 1; }
-  size_t chunk() const { return std::max(CHUNK_ROWS, UNIT_BYTES / 4 / std::max<size_t>(columns, 1)); }
+  size_t chunk() const { return std::max(CHUNK_ROWS, CHUNK_COLUMNS / std::max<size_t>(columns, 1)); }
   bool chunked() const { return columns < FEW_COLUMNS && batch > chunk(); }
 };
 
@@ -185,13 +213,10 @@ static void allocate(Arrays& out) {
 
 static Arrays contiguous(const Arrays& in, mx::Stream s) {
   Arrays r;
-  for (auto& x : in) r.push_back(mx::contiguous(x, false, s));
-  return r;
-}
-
-static std::vector<mx::Shape> sum_shapes(const Arrays& in, size_t leaves) {
-  std::vector<mx::Shape> r;
-  for (size_t i = 0; i < leaves; i++) r.emplace_back(in[i].shape().begin() + 1, in[i].shape().end());
+  for (auto& x : in) {
+    bool already = x.status() == mx::array::Status::available && x.flags().row_contiguous;
+    r.push_back(already ? x : mx::contiguous(x, false, s));
+  }
   return r;
 }
 
@@ -209,33 +234,109 @@ void SampleSqNorms::cpu(const Arrays& in, Arrays& out) {
   });
 }
 
+static bool many(const Arrays& leaves) {
+  return leaves.size() > MOST_OUTPUTS && columns_of(leaves, leaves.size()) <= size_t(std::numeric_limits<int>::max());
+}
+
+SumOp::SumOp(mx::Stream s, const char* op, const std::string& suffix, const Arrays& leaves, bool noisy)
+    : Op(s),
+      leaves_(leaves.size()),
+      noisy_(noisy),
+      flat_(many(leaves)),
+      op_(op),
+      name_(op + suffix + (noisy ? "_noisy" : "")) {}
+
+bool SumOp::same(const Op& o) const {
+  auto& other = static_cast<const SumOp&>(o);
+  return name_ == other.name_ && leaves_ == other.leaves_ && flat_ == other.flat_;
+}
+
+std::vector<mx::Shape> SumOp::output_shapes(const Arrays& in) {
+  std::vector<mx::Shape> r;
+  if (flat_) r.push_back({int(columns_of(in, leaves_))});
+  for (size_t i = 0; i < leaves_ && !flat_; i++) r.emplace_back(in[i].shape().begin() + 1, in[i].shape().end());
+  for (auto& shape : other_shapes(in)) r.push_back(shape);
+  return r;
+}
+
+std::pair<Arrays, std::vector<int>> SumOp::vmap(const Arrays& in, const std::vector<int>& axes) {
+  if (noisy_ && axes.back() < 0)
+    throw std::invalid_argument("[" + op_ + "] counter must be batched under vmap, or every copy gets the same noise");
+  return Op::vmap(in, axes);
+}
+
+Arrays SumOp::reference(const Arrays& in) {
+  auto out = Op::reference(in);
+  if (!flat_) return out;
+  Arrays flat;
+  for (size_t i = 0; i < leaves_; i++) flat.push_back(mx::reshape(out[i], {int(out[i].size())}, stream()));
+  Arrays r{mx::concatenate(std::move(flat), 0, stream())};
+  r.insert(r.end(), out.begin() + leaves_, out.end());
+  return r;
+}
+
+std::vector<mx::Shape> Pieces::output_shapes(const Arrays& in) {
+  size_t n = 0;
+  for (auto& shape : shapes_) n += size_of(shape);
+  if (n != in[0].size())
+    throw std::invalid_argument("[clip] grads must keep their shapes but for the batch in a shapeless compile");
+  return shapes_;
+}
+
+void Pieces::cpu(const Arrays& in, Arrays& out) {
+  size_t before = 0;
+  for (auto& x : out) {
+    mx::Strides strides(x.ndim());
+    int64_t step = 1;
+    size_t longest = 1;
+    for (size_t d = x.ndim(); d-- > 0;) {
+      strides[d] = step;
+      step *= x.shape(d);
+      longest = std::max<size_t>(longest, x.shape(d));
+    }
+    mx::array::Flags flags{.contiguous = true, .row_contiguous = true, .col_contiguous = longest == x.size()};
+    x.copy_shared_buffer(in[0], strides, flags, x.size(), before);
+    before += x.size();
+  }
+}
+
+Arrays Pieces::reference(const Arrays& in) {
+  mx::Shape ends;
+  int end = 0;
+  for (auto& shape : shapes_) ends.push_back(end += size_of(shape));
+  ends.pop_back();
+  auto r = mx::split(in[0], ends, 0, stream());
+  for (size_t i = 0; i < r.size(); i++) r[i] = mx::reshape(r[i], shapes_[i], stream());
+  return r;
+}
+
+static Arrays build(const std::shared_ptr<SumOp>& op, const Arrays& in, const Arrays& leaves,
+                    const std::vector<mx::Dtype>& others) {
+  auto s = op->stream();
+  std::vector<mx::Dtype> types(op->num_sums(), mx::float32);
+  types.insert(types.end(), others.begin(), others.end());
+  auto out = mx::array::make_arrays(op->output_shapes(in), types, op, contiguous(in, s));
+  if (op->num_sums() == leaves.size()) return out;
+  std::vector<mx::Shape> shapes;
+  for (auto& g : leaves) shapes.emplace_back(g.shape().begin() + 1, g.shape().end());
+  auto r = mx::array::make_arrays(shapes, std::vector<mx::Dtype>(leaves.size(), mx::float32),
+                                  std::make_shared<Pieces>(s, shapes), {out[0]});
+  r.insert(r.end(), out.begin() + 1, out.end());
+  return r;
+}
+
 Arrays clipped_sum(const Arrays& grads, const mx::array& factors, const Arrays& noise, mx::StreamOrDevice sd) {
-  auto s = mx::to_stream(sd);
   Arrays in = grads;
   in.push_back(factors);
   in.insert(in.end(), noise.begin(), noise.end());
-  return mx::array::make_arrays(sum_shapes(grads, grads.size()), std::vector<mx::Dtype>(grads.size(), mx::float32),
-                                std::make_shared<ClippedSum>(s, !noise.empty()), contiguous(in, s));
-}
-
-std::vector<mx::Shape> ClippedSum::output_shapes(const Arrays& in) { return sum_shapes(in, leaves(in)); }
-
-static void refuse_repeated_noise(const char* op, bool noisy, const std::vector<int>& axes) {
-  if (noisy && axes.back() < 0)
-    throw std::invalid_argument(std::string("[") + op +
-                                "] counter must be batched under vmap, or every copy gets the same noise");
-}
-
-std::pair<Arrays, std::vector<int>> ClippedSum::vmap(const Arrays& in, const std::vector<int>& axes) {
-  refuse_repeated_noise("clipped_sum", noisy_, axes);
-  return Op::vmap(in, axes);
+  return build(std::make_shared<ClippedSum>(mx::to_stream(sd), grads, !noise.empty()), in, grads, {});
 }
 
 void ClippedSum::cpu(const Arrays& in, Arrays& out) {
   allocate(out);
-  auto& factors = in[leaves(in)];
-  Work w(in, leaves(in), factors.size());
-  for (size_t i = 0; i < out.size(); i++) w.leaves[i].y = out[i].data<float>();
+  auto& factors = in[leaves_];
+  Work w(in, leaves_, factors.size());
+  w.sums_to(out, flat_);
   mx::cpu::get_command_encoder(stream()).dispatch(
       [w = std::move(w), noise = Noise(in, noisy_), f = factors.data<float>()] {
         std::vector<float> scratch;
@@ -245,33 +346,12 @@ void ClippedSum::cpu(const Arrays& in, Arrays& out) {
 
 Arrays clip_and_sum(const Arrays& grads, const mx::array& max_grad_norm, const std::string& mode, const Arrays& mask,
                     const Arrays& noise, mx::StreamOrDevice sd) {
-  auto s = mx::to_stream(sd);
   Arrays in = grads;
   in.push_back(max_grad_norm);
   in.insert(in.end(), mask.begin(), mask.end());
   in.insert(in.end(), noise.begin(), noise.end());
-  auto op = std::make_shared<ClipAndSum>(s, mode, !mask.empty(), !noise.empty());
-  std::vector<mx::Dtype> types(grads.size() + 2, mx::float32);
-  types.push_back(mx::int32);
-  return mx::array::make_arrays(op->output_shapes(in), types, op, contiguous(in, s));
-}
-
-ClipAndSum::ClipAndSum(mx::Stream s, const std::string& mode, bool masked, bool noisy)
-    : Op(s),
-      name_("clip_and_sum_" + mode + (masked ? "_masked" : "") + (noisy ? "_noisy" : "")),
-      automatic_(mode == "automatic"),
-      masked_(masked),
-      noisy_(noisy) {}
-
-std::vector<mx::Shape> ClipAndSum::output_shapes(const Arrays& in) {
-  auto r = sum_shapes(in, leaves(in));
-  r.insert(r.end(), {{in[0].shape(0)}, {in[0].shape(0)}, {}});
-  return r;
-}
-
-std::pair<Arrays, std::vector<int>> ClipAndSum::vmap(const Arrays& in, const std::vector<int>& axes) {
-  refuse_repeated_noise("clip_and_sum", noisy_, axes);
-  return Op::vmap(in, axes);
+  auto op = std::make_shared<ClipAndSum>(mx::to_stream(sd), mode, !mask.empty(), grads, !noise.empty());
+  return build(op, in, grads, {mx::float32, mx::float32, mx::int32});
 }
 
 // Factors from norms, by the formula of clip_factors in ops/clip.py.
@@ -352,14 +432,14 @@ static int clip_in_chunks(const Work& w, const Clip& clip, float* norms, const N
 
 void ClipAndSum::cpu(const Arrays& in, Arrays& out) {
   allocate(out);
-  size_t leaves = this->leaves(in);
-  Work w(in, leaves, in[0].shape(0));
-  for (size_t i = 0; i < leaves; i++) w.leaves[i].y = out[i].data<float>();
-  auto *norms = out[leaves].data<float>(), *factors = out[leaves + 1].data<float>();
-  Clip clip{0, automatic_, masked_ ? in[leaves + 1].data<bool>() : nullptr, norms, factors};
+  Work w(in, leaves_, in[0].shape(0));
+  w.sums_to(out, flat_);
+  size_t sums = num_sums();
+  auto *norms = out[sums].data<float>(), *factors = out[sums + 1].data<float>();
+  Clip clip{0, automatic_, masked_ ? in[leaves_ + 1].data<bool>() : nullptr, norms, factors};
   mx::cpu::get_command_encoder(stream()).dispatch([w = std::move(w), clip, norms, noise = Noise(in, noisy_),
-                                                   max_grad_norm = in[leaves].data<float>(),
-                                                   refused = out[leaves + 2].data<int32_t>()]() mutable {
+                                                   max_grad_norm = in[leaves_].data<float>(),
+                                                   refused = out[sums + 2].data<int32_t>()]() mutable {
     clip.max_grad_norm = *max_grad_norm;
     auto run = w.batch && w.columns >= FEW_COLUMNS ? clip_in_groups : clip_in_chunks;
     *refused = run(w, clip, norms, noise);

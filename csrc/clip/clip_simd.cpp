@@ -72,19 +72,21 @@ struct BF16 {
   }
 };
 
-// Four runs at once keep more of the memory busy than one. Squares are added in float over short blocks, so that a lane
-// takes 16 of them, and blocks in double.
+// Four sums at once, of four runs where there is enough: that keeps more of the memory busy than one run. Squares are
+// added in float over short blocks, so that a lane takes 16 of them, and blocks in double.
 template <class F>
 static double sum_of_squares(const typename F::Value* x, size_t n) {
-  constexpr size_t RUNS = 4, BLOCK = 16 * LANES;
-  size_t run = n / (RUNS * LANES) * LANES, i = RUNS * run;
+  constexpr size_t SUMS = 4, BLOCK = 16, LONG_RUN = 4096;
+  size_t steps = n / (SUMS * LANES), i = SUMS * LANES * steps;
+  bool runs = steps * LANES >= LONG_RUN;
+  size_t apart = runs ? steps * LANES : LANES, stride = runs ? LANES : SUMS * LANES;
   Doubles sums{};
-  for (size_t at = 0; at < run;) {
-    size_t end = at + BLOCK < run ? at + BLOCK : run;
-    Vec s[RUNS] = {};
-    for (; at < end; at += LANES)
-      for (size_t k = 0; k < RUNS; k++) {
-        Vec v = F::vector(x + k * run + at);
+  for (size_t at = 0; at < steps;) {
+    size_t end = at + BLOCK < steps ? at + BLOCK : steps;
+    Vec s[SUMS] = {};
+    for (; at < end; at++)
+      for (size_t k = 0; k < SUMS; k++) {
+        Vec v = F::vector(x + at * stride + k * apart);
         s[k] += v * v;
       }
     Vec block = (s[0] + s[1]) + (s[2] + s[3]);
@@ -92,7 +94,7 @@ static double sum_of_squares(const typename F::Value* x, size_t n) {
     sums += __builtin_convertvector(load<HalfVec>((const char*)&block + sizeof(HalfVec)), Doubles);
   }
   double total = 0;
-  if (run)
+  if (steps)
     for (int k = 0; k < LANES / 2; k++) total += sums[k];
   for (; i < n; i++) {
     float v = F::scalar(x[i]);

@@ -114,6 +114,38 @@ def test_layouts(backend, layout):
     assert_clipped([rand(s, DTYPES[i % 3], i) for i, s in enumerate(LAYOUTS[layout])])
 
 
+def test_transformations_of_many_leaves(backend):
+    """So many that the sums come out of one flat array."""
+    leaves = [rand((5, *([3] * (i % 3)), 1 + i % 4), seed=i) for i in range(60)]
+    f, n = mx.abs(rand((5,), seed=1)), mx.array([[0, 0], [9999, 0]], mx.uint32)
+    weights = [rand(g.shape[1:], seed=i) for i, g in enumerate(leaves)]
+
+    def loss(leaves, f):
+        return sum((a * w).sum() for a, w in zip(bw.clipped_sum(leaves, f), weights, strict=True))
+
+    dg, df = mx.grad(loss, argnums=(0, 1))(leaves, f)
+    for d, w in zip(dg, weights, strict=True):
+        np.testing.assert_allclose(np64(d), np.multiply.outer(np64(f), np64(w)), rtol=1e-5)
+    want = sum((np64(g) * np64(w)).reshape(5, -1).sum(1) for g, w in zip(leaves, weights, strict=True))
+    np.testing.assert_allclose(np64(df), want, rtol=1e-4, atol=1e-4)
+    stacked = [mx.stack([g, g + 1]) for g in leaves]
+    for op in (
+        lambda leaves, n: bw.clipped_sum(leaves, f, 2.0, KEY, n),
+        lambda leaves, n: bw.clip_and_sum(leaves, 3.0, "automatic", f > 0.5, 2.0, KEY, n)[0],
+    ):
+        out = mx.vmap(op)(stacked, n)
+        for i in range(2):
+            for a, b in zip(out, op([g[i] for g in stacked], n[i]), strict=True):
+                np.testing.assert_allclose(np64(a[i]), np64(b), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="counter must be batched under vmap"):
+        mx.eval(mx.vmap(lambda leaves: bw.clipped_sum(leaves, f, 1.0, KEY, 0))(stacked))
+    compiled = mx.compile(lambda leaves, f: bw.clipped_sum(leaves, f), shapeless=True)
+    for batch in (5, 2, 4):
+        sums = compiled([g[:batch] for g in leaves], f[:batch])
+        for a, g in zip(sums, leaves, strict=True):
+            assert_sum(a, g[:batch], f[:batch])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("value", [0.1, 1 / 3, 1.0])
 def test_equal_values_do_not_drift(backend, dtype, value):

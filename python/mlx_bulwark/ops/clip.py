@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from .. import _native
 from .._native import Stream
-from .noise import FLOATS, Counter, _like, _noise, _on, add_gaussian_reference, blocks_used
+from .noise import FLOATS, Counter, _blocks, _like, _noise, _on, add_gaussian_reference
 
 MODES = ("flat", "automatic")
 # MLX adds float32 in sequence on the CPU: the reference splits longer sums, so that they stay good to 1e-6.
@@ -337,7 +337,7 @@ def _noise_inputs(op: str, leaves: list[mx.array], sigma: Any, key: Any, counter
         return []
     if missing:
         raise ValueError(f"[{op}] sigma, key and counter must be given together but {' and '.join(missing)} is None")
-    return list(_noise(op, sigma, key, counter, sum(blocks_used(g.shape[1:]) for g in leaves)))
+    return list(_noise(op, sigma, key, counter, sum(_blocks(math.prod(g.shape[1:])) for g in leaves)))
 
 
 def _named(grads: Any) -> list[tuple[str, Any]]:
