@@ -18,12 +18,12 @@ namespace bulwark {
 // not depend on the number of threads.
 static constexpr size_t LEAST_TASK_COLUMNS = 16 * NORMALS_PER_TILE;
 static constexpr size_t MOST_TASK_COLUMNS = 256 * NORMALS_PER_TILE;  // long runs: memory delivers them faster
-static constexpr size_t WANTED_TASKS = 16;
+static constexpr size_t WANTED_TASKS = 8;
 static constexpr size_t FEW_COLUMNS = 65536;  // below it the batch is split too, in chunks of at least
 static constexpr size_t CHUNK_ROWS = 32;
 static constexpr size_t CHUNK_COLUMNS = 32768;  // times rows
 static constexpr size_t UNIT_BYTES = 1 << 20;
-static constexpr size_t GROUP_BYTES = 12 << 20;  // of rows that stay in the last-level cache from norm to sum
+static constexpr size_t GROUP_BYTES = 8 << 20;  // of rows that stay in the last-level cache from norm to sum
 
 static constexpr size_t MOST_OUTPUTS = 32;  // of one primitive; see SumOp
 
