@@ -26,14 +26,15 @@ struct Options {
 };
 inline Options options;
 
-// Zeroed memory that costs nothing until it is touched: the shadow of a large buffer, of which a kernel uses a part.
+// Zeroed pages that cost nothing until they are touched. Their number must stay small: a process may have 65530 pieces.
+char* map_pages(size_t bytes, int protection);
+
+// The shadow of a buffer, of which a kernel may use a small part.
 template <class T>
 class Zeroed {
  public:
   explicit Zeroed(size_t count = 0) : bytes(count * sizeof(T)) {
-    if (bytes)
-      data = static_cast<T*>(
-          mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (bytes) data = reinterpret_cast<T*>(map_pages(bytes, PROT_READ | PROT_WRITE));
   }
   Zeroed(Zeroed&& o) noexcept : data(std::exchange(o.data, nullptr)), bytes(std::exchange(o.bytes, 0)) {}
   Zeroed& operator=(Zeroed&&) = delete;

@@ -1,10 +1,20 @@
 // Memory of the simulated GPU: every access of a kernel arrives here through the hooks of ThreadSanitizer's
 // instrumentation, which this file defines in place of that library.
-#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
 
 #include "machine.h"
 
 namespace msl {
+char* map_pages(size_t bytes, int protection) {
+  void* pages = mmap(nullptr, bytes, protection, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (pages == MAP_FAILED) {
+    perror("the Metal simulator cannot map memory");
+    abort();
+  }
+  return static_cast<char*>(pages);
+}
+
 Region* region_at(uintptr_t address) {
   for (auto& r : regions)
     if (address - reinterpret_cast<uintptr_t>(r.base) < r.size) return &r;
@@ -31,8 +41,7 @@ Region& add_region(const char* name, char* base, size_t size, Space space, bool 
 char* add_buffer(const char* name, size_t size, Space space, bool defined) {
   constexpr size_t gap = 64 << 20;
   size_t body = (size + page_size - 1) / page_size * page_size;
-  auto m =
-      static_cast<char*>(mmap(nullptr, body + 2 * gap, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  char* m = map_pages(body + 2 * gap, PROT_NONE);
   mprotect(m + gap, body, PROT_READ | PROT_WRITE);
   char* base = m + gap + (body - size) / line_size * line_size;
   memset(base, 0xff, size);  // NaN in every floating type

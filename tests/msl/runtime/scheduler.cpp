@@ -49,12 +49,22 @@ void fiber_main() {
   end_thread();
 }
 
-void start(Fiber& f) {
-  if (!f.stack) {
-    f.stack = static_cast<char*>(
-        mmap(nullptr, stack_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    mprotect(f.stack, page_size, PROT_NONE);
+class Stacks {  // of all threads of a threadgroup, each with a page below it that traps
+ public:
+  explicit Stacks(size_t count) : bytes(count * stack_size), base(map_pages(bytes, PROT_READ | PROT_WRITE)) {
+    for (size_t i = 0; i < count; i++) {
+      fibers[i].stack = base + i * stack_size;
+      mprotect(fibers[i].stack, page_size, PROT_NONE);
+    }
   }
+  ~Stacks() { munmap(base, bytes); }
+
+ private:
+  size_t bytes;
+  char* base;
+};
+
+void start(Fiber& f) {
   auto top = reinterpret_cast<void**>(f.stack + stack_size);
   *--top = nullptr;  // where a called function finds its return address, so that the stack is aligned as at a call
   *--top = reinterpret_cast<void*>(fiber_main);
@@ -206,6 +216,7 @@ void run_grid(Uint3 grid, Uint3 group, void* const* buffers, void* const* thread
   rng.seed(options.seed);
   threads_a_group = group.x * group.y * group.z;
   if (fibers.size() < threads_a_group) fibers.resize(threads_a_group);
+  Stacks stacks(threads_a_group);
   for (unsigned number : in_order(0, count.x * count.y * count.z)) {
     threadgroup_number = number;
     common.threadgroup_position_in_grid = {number % count.x, number / count.x % count.y, number / count.x / count.y};
