@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .toolchain import CACHE, CLANG, run
+from .lint import check_characters, check_recursion, lint
+from .toolchain import CACHE, CLANG, CompileError, run
 from .translate import POSITIONS, Kernel, Translation, translate
 
 HERE = Path(__file__).parent
@@ -24,6 +25,14 @@ LANGUAGE = (
 )
 # SYCL's device mode keeps address spaces in the types and lets them convert to the default one.
 SYCL = ("-Xclang", "-fsycl-is-device", "-Xclang", "-aux-triple", "-Xclang", "x86_64-pc-linux-gnu")
+# Address spaces are disjoint. What was added to C++14, and conversions that Metal does not make by itself, are errors.
+STRICT = (
+    "-DMSL_STRICT",
+    "-Werror=pre-c++17-compat",
+    "-Werror=c++20-extensions",
+    "-Werror=implicit-float-conversion",
+    "-Wno-implicit-int-float-conversion",
+)
 INSTRUMENTATION = (
     "-fsanitize=thread,bounds,shift,integer-divide-by-zero,null,alignment,float-cast-overflow,signed-integer-overflow,"
     "return,unreachable",
@@ -70,16 +79,28 @@ def build(
     return Built(library, translation)
 
 
-def check(source: str | Path, *, flags: Sequence[str] = (), include: Sequence[str | Path] = ()) -> None:
-    """Raise CompileError where address spaces are mixed, which the executing build would let through."""
-    translation = translate(preprocess(source, flags, include))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernels.cpp"
-        path.write_text(with_entries(translation))
-        run(CLANG, *LANGUAGE, "-DMSL_STRICT", "-fsyntax-only", path)
+def check(source: str | Path) -> None:
+    """Raise CompileError where a file does what Metal refuses or should not be asked to accept.
+
+    The executing build lets address spaces mix, takes C++17, and knows more types than Metal has.
+    """
+    problems = list(check_characters(Path(source)))
+    if not problems:
+        text = preprocess(source)
+        problems += lint(text)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernels.cpp"
+            path.write_text(with_entries(translate(text)))
+            try:
+                ir = run(CLANG, *LANGUAGE, *STRICT, "-S", "-emit-llvm", "-O0", "-g1", path, "-o", "-")
+                problems += check_recursion(ir)
+            except CompileError as error:
+                problems.append(str(error))
+    if problems:
+        raise CompileError("\n".join(problems))
 
 
-def preprocess(source: str | Path, flags: Sequence[str], include: Sequence[str | Path]) -> str:
+def preprocess(source: str | Path, flags: Sequence[str] = (), include: Sequence[str | Path] = ()) -> str:
     """Expand macros and includes. Metal's own headers are empty here: the shim comes before the text."""
     headers = CACHE / "headers"
     headers.mkdir(parents=True, exist_ok=True)
@@ -87,31 +108,6 @@ def preprocess(source: str | Path, flags: Sequence[str], include: Sequence[str |
         (headers / f"metal_{name}").touch()
     metal = ("-nostdinc", "-D__METAL__=1", "-D__METAL_VERSION__=320", f"-I{headers}")
     return run(CLANG, "-E", *CXX, *metal, *(f"-I{folder}" for folder in include), *flags, source)
-
-
-ARGUMENTS = """
-#undef threadgroup
-#line 1 "entries"
-namespace msl {
-template <class F> struct Parameters;
-template <class... P> struct Parameters<void (*)(P...)> {
-  template <int i> using type = std::tuple_element_t<i, std::tuple<P...>>;
-};
-template <class T> struct Pointer {
-  __attribute__((no_sanitize("null"))) static inline T of(void* p) { return (T)p; }
-};
-template <class T> struct Pointer<T&> {
-  __attribute__((no_sanitize("null"))) static inline T& of(void* p) { return *(T*)p; }
-};
-template <class T> MSL_INLINE T position(unsigned v) { return (T)v; }
-template <class T> MSL_INLINE T position(Uint3 v) {
-  using E = metal::msl_element<T>;
-  if constexpr (metal::msl_size<T> == 1) return (T)v.x;
-  else if constexpr (metal::msl_size<T> == 2) return T{(E)v.x, (E)v.y};
-  else return T{(E)v.x, (E)v.y, (E)v.z};
-}
-}
-"""
 
 
 def with_entries(translation: Translation) -> str:
@@ -132,7 +128,8 @@ def with_entries(translation: Translation) -> str:
             f"void msl_entry_{number}(const msl::Thread& t) {{ {kernel.function}({', '.join(arguments)}); }}"
         )
     front = '#include <tuple>\n#include "kernel.h"\n#include "msl.h"\n'
-    return front + translation.code + ARGUMENTS + "\n".join(entries) + "\n"
+    back = '#include "msl/entries.h"\n#line 1 "entries"\n'
+    return front + translation.code + "\n" + back + "\n".join(entries) + "\n"
 
 
 def host_tables(translation: Translation) -> str:

@@ -51,6 +51,7 @@ class Library:
     """The kernels of one file."""
 
     def __init__(self, source: str | Path, **options: Any) -> None:
+        self.source = Path(source)
         self.built: Built = build(source, **options)
         self.functions = ctypes.CDLL(str(self.built.path))
         self.functions.msl_buffer.restype = ctypes.c_void_p

@@ -99,9 +99,8 @@ void access(void* address, size_t bytes, Use use, const void* pc);
 void check_races(Region& region, size_t offset, size_t bytes, Use use, const void* pc);
 
 // ---- traffic (traffic.cpp)
-struct Touch {  // one line touched by one instruction of one thread
-  uintptr_t pc;
-  uintptr_t line;
+struct Touch {  // of lines, by one instruction of one thread
+  uintptr_t pc, first_line, last_line;
   bool write;
 };
 void log_lines(uintptr_t address, size_t bytes, bool write, const void* pc);
