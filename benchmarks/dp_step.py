@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import mlx_bulwark as bw
+from mlx_bulwark.demo import CNN
 import numpy as np
 
 BATCH = 256
@@ -38,6 +39,16 @@ def mlp() -> tuple[nn.Module, mx.array, mx.array]:
     rng = np.random.default_rng(0)
     model = MLP()
     x = mx.array(rng.standard_normal((BATCH, 784)).astype(np.float32))
+    y = mx.array(rng.integers(0, 10, BATCH))
+    mx.eval(model.parameters(), x, y)
+    return model, x, y
+
+
+def demo_cnn() -> tuple[nn.Module, mx.array, mx.array]:
+    mx.random.seed(0)
+    rng = np.random.default_rng(0)
+    model = CNN(8)
+    x = mx.array(rng.standard_normal((BATCH, 8, 8, 1)).astype(np.float32))
     y = mx.array(rng.integers(0, 10, BATCH))
     mx.eval(model.parameters(), x, y)
     return model, x, y
@@ -81,7 +92,8 @@ def private_step(make: Callable[[], Any], compiled: bool) -> Callable[[], Any]:
 
 
 def run(bench: Any) -> None:
-    _case(bench, "mlp", mlp)
+    for name, make in MAKE.items():
+        _case(bench, name, make)
 
 
 def _case(bench: Any, name: str, make: Callable[[], Any]) -> None:
@@ -104,7 +116,7 @@ def _case(bench: Any, name: str, make: Callable[[], Any]) -> None:
     bench.row(f"{name}/peak_memory_ratio", private / plain, "x", peer=peer, better="lower")
 
 
-MAKE = {"mlp": mlp}
+MAKE = {"mlp": mlp, "demo_cnn": demo_cnn}
 
 
 def private_child(name: str) -> Callable[[], Any]:
