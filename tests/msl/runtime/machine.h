@@ -16,7 +16,7 @@
 
 namespace msl {
 constexpr unsigned simd_width = 32, most_threads = 1024;
-constexpr size_t threadgroup_limit = 32 << 10, line_size = 64, page_size = 4096;
+constexpr size_t threadgroup_limit = 32 << 10, line_size = 64, page_size = 4096, largest_access = 16;
 
 struct Options {
   int races = 1, lines = 1;
@@ -37,7 +37,11 @@ class Zeroed {
     if (bytes) data = reinterpret_cast<T*>(map_pages(bytes, PROT_READ | PROT_WRITE));
   }
   Zeroed(Zeroed&& o) noexcept : data(std::exchange(o.data, nullptr)), bytes(std::exchange(o.bytes, 0)) {}
-  Zeroed& operator=(Zeroed&&) = delete;
+  Zeroed& operator=(Zeroed&& o) noexcept {
+    std::swap(data, o.data);
+    std::swap(bytes, o.bytes);
+    return *this;
+  }
   ~Zeroed() {
     if (bytes) munmap(data, bytes);
   }
@@ -64,7 +68,7 @@ struct Visit {        // who touched a byte, and when
   uint16_t simd_barriers;
 };
 
-struct History {  // of one byte
+struct History {  // of a few bytes that have always been used together
   Visit write, reads[2], atomics[2];
 };
 
@@ -78,12 +82,13 @@ struct Region {
   char* base;
   size_t size;
   Space space;
-  bool defined;             // holds data before the kernel runs
-  Zeroed<History> history;  // empty where no race is possible or looked for
-  Zeroed<uint8_t> touched;  // bit 0: read, bit 1: written
-  void* mapping;            // null for what lies in the library's own data
-  size_t mapping_size;
-  Traffic traffic;
+  bool defined;                     // holds data before the kernel runs
+  Zeroed<History> history{};        // of each granule; empty where no race is possible or looked for
+  size_t granule = largest_access;  // in bytes, a power of two; becomes smaller when a smaller access comes
+  Zeroed<uint8_t> touched{};        // bit 0: read, bit 1: written
+  void* mapping = nullptr;          // null for what lies in the library's own data
+  size_t mapping_size = 0;
+  Traffic traffic{};
 };
 inline std::vector<Region> regions;
 

@@ -23,16 +23,10 @@ Region* region_at(uintptr_t address) {
 
 Region& add_region(const char* name, char* base, size_t size, Space space, bool defined) {
   bool shared = space == Space::device || space == Space::threadgroup;
-  regions.push_back({name,
-                     base,
-                     size,
-                     space,
-                     defined,
-                     Zeroed<History>(shared && options.races ? size : 0),
-                     Zeroed<uint8_t>(size),
-                     nullptr,
-                     0,
-                     {}});
+  Region r{name, base, size, space, defined};
+  if (shared && options.races) r.history = Zeroed<History>(size / largest_access + 1);
+  r.touched = Zeroed<uint8_t>(size);
+  regions.push_back(std::move(r));
   return regions.back();
 }
 

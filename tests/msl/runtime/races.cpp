@@ -35,6 +35,18 @@ const Visit* conflict(const Visit (&visits)[2], const Visit& now, Space space) {
     if (!ordered(v, now, space)) return &v;
   return nullptr;
 }
+// Smaller granules, each with the history of the one that it was part of.
+void split(Region& r, size_t granule) {
+  size_t pieces = r.granule / granule;
+  Zeroed<History> finer(r.history.size() * pieces);
+  for (size_t i = 0; i < r.history.size(); i++) {
+    const History& h = r.history[i];
+    bool unused = !h.write.thread && !h.reads[0].thread && !h.atomics[0].thread;
+    if (!unused) std::fill_n(&finer[i * pieces], pieces, h);
+  }
+  r.history = std::move(finer);
+  r.granule = granule;
+}
 }  // namespace
 
 void check_races(Region& region, size_t offset, size_t bytes, Use use, const void* pc) {
@@ -43,8 +55,10 @@ void check_races(Region& region, size_t offset, size_t bytes, Use use, const voi
             current->barriers[kind], current->simd_barriers[kind]};
   Space space = region.space;
   bool reported = false;
-  for (size_t i = offset; i < offset + bytes; i++) {
-    History& h = region.history[i];
+  size_t divides_both = (offset | bytes) & -(offset | bytes);
+  if (divides_both < region.granule) split(region, divides_both);
+  for (size_t at = offset; at < offset + bytes; at += region.granule) {
+    History& h = region.history[at / region.granule];
     const Visit* other = nullptr;
     const char* what = nullptr;
     if (!ordered(h.write, now, space)) {
@@ -61,7 +75,7 @@ void check_races(Region& region, size_t offset, size_t bytes, Use use, const voi
     }
     if (other && !reported) {
       report(what, pc,
-             format("offset %zu of %s; the other access by thread %u of threadgroup %u", i, region.name.c_str(),
+             format("offset %zu of %s; the other access by thread %u of threadgroup %u", at, region.name.c_str(),
                     (other->thread - 1) % threads_a_group, group_of(*other)));
       reported = true;
     }
