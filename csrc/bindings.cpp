@@ -3,6 +3,7 @@
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
@@ -15,6 +16,9 @@
 #include "clip/clip.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#ifndef __APPLE__
+  #include "common/sim.h"
+#endif
 #include "mlx/version.h"
 #include "noise/noise.h"
 
@@ -61,6 +65,17 @@ NB_MODULE(_ext, m) {
   m.def("set_reference", [](std::string name, nb::object f) { references()[name] = f; }, "name"_a, "reference"_a);
   m.def("set_num_threads", [](size_t n) { Pool::get().limit = n; }, "n"_a);
   m.def("isa", [] { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "base"; });
+  m.def("sources", [] {
+    std::vector<std::tuple<std::string, std::string, std::string>> all;
+    for (auto* s : {&noise_source, &clip_source}) all.emplace_back(s->name, s->text, s->hash);
+    return all;
+  });
+#ifndef __APPLE__
+  m.def("sim_enable", &sim_enable, "on"_a);
+  m.def("sim_option", &sim_option, "name"_a, "value"_a);
+  m.def("sim_load", &sim_load, "hash"_a, "library"_a);
+  m.def("sim_take", &sim_take);
+#endif
 
   m.def("gaussian", &gaussian, "shape"_a, "sigma"_a, "key"_a, "counter"_a, "dtype"_a, "domain"_a,
         "stream"_a = nb::none());

@@ -1,5 +1,7 @@
 import os
 
+import msl
+import msl.bridge
 import pytest
 from hypothesis import HealthCheck, settings
 from mlx_bulwark import _native
@@ -14,10 +16,34 @@ settings.register_profile(
 )
 settings.load_profile("repeatable")
 
+SIMULATOR = msl.bridge.Simulator()
+_native.connect(SIMULATOR)
 
-@pytest.fixture(params=os.environ.get("BULWARK_TEST_BACKENDS", "native,reference").split(","))
+
+def use_simulator():
+    """Choose the backend metal-sim; skip the test where the simulator cannot be built, unless it is expected here."""
+    if reason := msl.missing():
+        (pytest.fail if os.environ.get("BULWARK_EXPECT_SIM") == "1" else pytest.skip)(f"metal-sim: {reason}")
+    _native.use("metal-sim")
+
+
+@pytest.fixture(params=os.environ.get("BULWARK_TEST_BACKENDS", "native,reference,metal-sim").split(","))
 def backend(request):
     """Run the test once on every backend; ops that are built inside belong to it."""
-    _native.use(request.param)
+    if request.param == "metal-sim":
+        use_simulator()
+    else:
+        _native.use(request.param)
     yield request.param
+    reports = SIMULATOR.reports if request.param == "metal-sim" else []
+    _native.use_from_environment()
+    assert not reports, "\n".join(reports)
+
+
+@pytest.fixture
+def sim():
+    """The backend metal-sim, and its simulator, of which a test may ask what happened."""
+    use_simulator()
+    yield SIMULATOR
+    SIMULATOR.reset()
     _native.use_from_environment()

@@ -127,7 +127,10 @@ def test_environment_chooses(copy, value, name):
 def test_wrong_environment_is_refused(copy):
     done = python("import mlx_bulwark", copy.package.parent, BULWARK_BACKEND="Native")
     assert done.returncode == 1
-    assert "ValueError: [bulwark] BULWARK_BACKEND must be one of auto, native, reference but is 'Native'" in done.stderr
+    assert (
+        "ValueError: [bulwark] BULWARK_BACKEND must be one of auto, native, reference, metal-sim but is 'Native'"
+        in done.stderr
+    )
 
 
 def test_native_is_an_order_not_a_wish(copy):
@@ -150,14 +153,20 @@ def test_mlx_without_its_library_says_what_to_install(copy):
 def test_backend_tells_what_runs(backend):
     assert bw.backend().name == backend
     assert bw.backend().reason
-    assert _native.runs_native(None) == _native.runs_native(mx.cpu) == (backend == "native")
-    assert _native.runs_native(mx.default_stream(mx.cpu)) == (backend == "native")
+    assert _native.runs_native(None) == _native.runs_native(mx.cpu) == (backend != "reference")
+    assert _native.runs_native(mx.default_stream(mx.cpu)) == (backend != "reference")
 
 
-def test_gpu_streams_run_the_reference():
+def test_gpu_streams_run_the_reference_unless_they_are_metal():
     _native.use("native")
-    assert not _native.runs_native(mx.gpu)
-    assert not _native.runs_native(mx.Device(mx.gpu, 0))
+    assert _native.runs_native(mx.gpu) == mx.metal.is_available()
+    assert _native.runs_native(mx.Device(mx.gpu, 0)) == mx.metal.is_available()
+
+
+def test_simulator_is_an_order_to_tests_only(copy):
+    done = python("import mlx_bulwark", copy.package.parent, BULWARK_BACKEND="metal-sim")
+    assert done.returncode == 1
+    assert "RuntimeError: [bulwark] backend metal-sim: no simulator is connected" in done.stderr
 
 
 def test_instruction_set_can_be_lowered():

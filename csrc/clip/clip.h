@@ -3,6 +3,8 @@
 #include "mlx/utils.h"
 
 namespace bulwark {
+extern const Source clip_source;
+
 // Leaves are [B, ...] in float32, float16 or bfloat16; sums are float32. `noise` holds nothing, or sigma [] float32,
 // key [8] uint32 and counter [2] uint32 (low word first).
 
@@ -22,6 +24,7 @@ class SampleSqNorms : public Op {
 
  protected:
   void cpu(const Arrays&, Arrays&) override;
+  void metal(const Arrays&, Arrays&) override;
 };
 
 // Base of the two sums. Their first inputs are the leaves, their last ones the noise.
@@ -55,6 +58,7 @@ class ClippedSum : public SumOp {
 
  protected:
   void cpu(const Arrays&, Arrays&) override;
+  void metal(const Arrays&, Arrays&) override;
 };
 
 // Inputs: leaves, max_grad_norm, mask, noise.
@@ -67,6 +71,7 @@ class ClipAndSum : public SumOp {
 
  protected:
   void cpu(const Arrays&, Arrays&) override;
+  void metal(const Arrays&, Arrays&) override;
   std::vector<mx::Shape> other_shapes(const Arrays& in) override { return {{in[0].shape(0)}, {in[0].shape(0)}, {}}; }
 
  private:
@@ -82,6 +87,7 @@ class Pieces : public Op {
 
  protected:
   void cpu(const Arrays&, Arrays&) override;
+  void metal(const Arrays& in, Arrays& out) override { cpu(in, out); }
   Arrays reference(const Arrays& in) override;
   bool same(const Op& o) const override { return shapes_ == static_cast<const Pieces&>(o).shapes_; }
 

@@ -1,18 +1,16 @@
-// Base of every primitive: one CPU path, and every transformation by the Python reference.
+// Base of every primitive: a CPU path, a Metal path, and every transformation by the Python reference.
 #pragma once
 #include <functional>
 #include <memory>
-#include <stdexcept>
-#include <string>
 #include <utility>
 #include <vector>
 
+#include "common/launch.h"
 #include "mlx/array.h"
 #include "mlx/primitives.h"
 #include "mlx/transforms.h"
 
 namespace bulwark {
-namespace mx = mlx::core;
 using Arrays = std::vector<mx::array>;
 
 // Calls the reference that Python registered under this name (bindings.cpp). Only while a graph is traced.
@@ -20,12 +18,10 @@ Arrays call_reference(const char* name, const Arrays& in, const mx::Stream&);
 
 class Op : public mx::Primitive {
  public:
-  using mx::Primitive::Primitive;
+  explicit Op(mx::Stream s) : Primitive(s), simulated_(simulating()) {}
 
-  void eval_cpu(const Arrays& in, Arrays& out) final { cpu(in, out); }
-  void eval_gpu(const Arrays&, Arrays&) final {  // Python sends GPU streams to the reference (_native.runs_native)
-    throw std::runtime_error(std::string("[") + name() + "] stream must be a CPU stream but is a GPU stream");
-  }
+  void eval_cpu(const Arrays& in, Arrays& out) final { simulated_ ? metal(in, out) : cpu(in, out); }
+  void eval_gpu(const Arrays& in, Arrays& out) final { metal(in, out); }
 
   std::pair<Arrays, std::vector<int>> vmap(const Arrays& in, const std::vector<int>& axes) override {
     auto out = mx::vmap([this](const Arrays& x) { return reference(x); }, axes)(in);
@@ -38,11 +34,13 @@ class Op : public mx::Primitive {
     return mx::jvp(over(in, argnums), pick(in, argnums), tangents).second;
   }
   bool is_equivalent(const Primitive& other) const override {  // MLX asks only for the same type
-    return same(static_cast<const Op&>(other));
+    auto& o = static_cast<const Op&>(other);
+    return simulated_ == o.simulated_ && same(o);
   }
 
  protected:
   virtual void cpu(const Arrays& in, Arrays& out) = 0;
+  virtual void metal(const Arrays& in, Arrays& out) = 0;
   virtual Arrays reference(const Arrays& in) { return call_reference(name(), in, stream()); }
   virtual bool same(const Op&) const { return true; }  // an op with parameters compares them here
 
@@ -59,5 +57,7 @@ class Op : public mx::Primitive {
       return reference(all);
     };
   }
+
+  const bool simulated_;
 };
 }  // namespace bulwark

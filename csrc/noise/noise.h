@@ -6,6 +6,8 @@
 #include "mlx/utils.h"
 
 namespace bulwark {
+extern const Source noise_source;
+
 using Domain = std::array<uint32_t, 2>;  // words 14 and 15 of the ChaCha20 state
 
 // sigma: float32 scalar; key: uint32[8]; counter: uint32[2], low word first.
@@ -42,6 +44,7 @@ class Gaussian : public NoiseOp {
 
  protected:
   void cpu(const Arrays&, Arrays&) override;
+  void metal(const Arrays&, Arrays&) override;
   std::vector<int64_t> parameters() const override;
 
  private:
@@ -58,9 +61,13 @@ class AddGaussian : public NoiseOp {
 
  protected:
   void cpu(const Arrays&, Arrays&) override;
+  void metal(const Arrays&, Arrays&) override;
   std::vector<int64_t> parameters() const override;
 
  private:
+  // So that is_donatable tells whether anybody but this op holds an input.
+  static void let_go_of_inputs(const Arrays& in, Arrays& out);
+
   const size_t first_tile_;
 };
 
@@ -72,6 +79,7 @@ class RandomBits : public NoiseOp {
 
  protected:
   void cpu(const Arrays&, Arrays&) override;
+  void metal(const Arrays&, Arrays&) override;
   std::vector<int64_t> parameters() const override;
 
  private:

@@ -19,11 +19,15 @@ void add_normals(const NoiseStream& s, float sigma, size_t first_tile, const flo
   add_normals(s, sigma, first_tile, Float::f32, x, y, n);
 }
 
+// The Metal kernels read row-contiguous inputs; the CPU's read any.
+static mx::array input(const mx::array& x, mx::Stream s) { return on_metal(s) ? mx::contiguous(x, false, s) : x; }
+
 mx::array gaussian(std::vector<int> shape, const mx::array& sigma, const mx::array& key, const mx::array& counter,
                    mx::Dtype dtype, Domain domain, mx::StreamOrDevice sd) {
   mx::Shape out(shape.begin(), shape.end());
-  auto op = std::make_shared<Gaussian>(mx::to_stream(sd), out, dtype, domain);
-  return mx::array(out, dtype, op, {sigma, key, counter});
+  const auto s = mx::to_stream(sd);
+  auto op = std::make_shared<Gaussian>(s, out, dtype, domain);
+  return mx::array(out, dtype, op, {sigma, input(key, s), input(counter, s)});
 }
 
 static size_t tiles_of(const mx::array& x) { return (x.size() + NORMALS_PER_TILE - 1) / NORMALS_PER_TILE; }
@@ -35,7 +39,8 @@ Arrays add_gaussian(const Arrays& leaves, const mx::array& sigma, const mx::arra
   Arrays all;
   size_t tile = 0;
   for (size_t begin = 0; begin < leaves.size(); begin += GROUP) {
-    Arrays in(leaves.begin() + begin, leaves.begin() + std::min(leaves.size(), begin + GROUP));
+    Arrays in;
+    for (size_t i = begin; i < std::min(leaves.size(), begin + GROUP); i++) in.push_back(input(leaves[i], s));
     std::vector<mx::Shape> shapes;
     std::vector<mx::Dtype> dtypes;
     auto op = std::make_shared<AddGaussian>(s, domain, tile);
@@ -44,7 +49,7 @@ Arrays add_gaussian(const Arrays& leaves, const mx::array& sigma, const mx::arra
       dtypes.push_back(x.dtype());
       tile += tiles_of(x);
     }
-    in.insert(in.end(), {sigma, key, counter});
+    in.insert(in.end(), {sigma, input(key, s), input(counter, s)});
     auto out = mx::array::make_arrays(std::move(shapes), dtypes, op, in);
     all.insert(all.end(), out.begin(), out.end());
   }
@@ -54,8 +59,9 @@ Arrays add_gaussian(const Arrays& leaves, const mx::array& sigma, const mx::arra
 mx::array random_bits(std::vector<int> shape, const mx::array& key, const mx::array& counter, Domain domain,
                       mx::StreamOrDevice sd) {
   mx::Shape out(shape.begin(), shape.end());
-  auto op = std::make_shared<RandomBits>(mx::to_stream(sd), out, domain);
-  return mx::array(out, mx::uint32, op, {key, counter});
+  const auto s = mx::to_stream(sd);
+  auto op = std::make_shared<RandomBits>(s, out, domain);
+  return mx::array(out, mx::uint32, op, {input(key, s), input(counter, s)});
 }
 
 mx::array normals_from_words(mx::array words) {
@@ -194,11 +200,15 @@ void Gaussian::cpu(const Arrays& in, Arrays& out) {
        domain = domain] { add_to_leaves(leaves, tiles, stream_of(key, counter, domain), *sigma); });
 }
 
-void AddGaussian::cpu(const Arrays& in, Arrays& out) {
-  // Every output holds all inputs until it is evaluated, which is now, and MLX is about to let go of them: without
-  // these copies is_donatable tells whether anybody else holds an input. (MLX protects the inputs of tracers itself.)
+// Every output holds all inputs until it is evaluated, which is now, and MLX is about to let go of them. (MLX protects
+// the inputs of tracers itself.)
+void AddGaussian::let_go_of_inputs(const Arrays& in, Arrays& out) {
   for (auto& y : out)
     if (&y.inputs() != &in && !y.is_tracer()) y.inputs().clear();
+}
+
+void AddGaussian::cpu(const Arrays& in, Arrays& out) {
+  let_go_of_inputs(in, out);
   std::vector<Leaf> leaves;
   size_t tiles = 0;
   for (size_t i = 0; i < out.size(); i++) {

@@ -1,4 +1,4 @@
-"""Chooses what runs the ops: the native extension, or the plain-MLX reference."""
+"""Chooses what runs the ops: the native extension, the plain-MLX reference, or in tests the Metal simulator."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 else:
     ext = None  # the extension, once it is loaded
 
-BACKENDS = ("auto", "native", "reference")
+BACKENDS = ("auto", "native", "reference", "metal-sim")
 
 Stream = mx.Stream | mx.Device | mx.DeviceType | None
 ReferenceFunction = Callable[[list[mx.array], Any], list[mx.array]]
@@ -35,6 +35,7 @@ class Backend(NamedTuple):
 
 
 _references: dict[str, ReferenceFunction] = {}
+_simulator: Callable[[Any], None] | None = None
 _loaded = False
 _state = Backend("reference", "not chosen yet")
 
@@ -96,21 +97,36 @@ def use(name: str) -> None:
     """Choose the backend of the ops that are built from now on (tests; users set ``BULWARK_BACKEND``).
 
     Args:
-        name: ``"auto"``, ``"native"`` or ``"reference"``.
+        name: ``"auto"``, ``"native"``, ``"reference"`` or, with a simulator connected, ``"metal-sim"``.
 
     Raises:
         ValueError: ``name`` is none of them.
         ImportError: ``"native"`` was asked for and cannot be.
+        RuntimeError: ``"metal-sim"`` was asked for and no simulator is connected.
     """
     global _state
     if name not in BACKENDS:
         raise ValueError(f"[bulwark] BULWARK_BACKEND must be one of {', '.join(BACKENDS)} but is {name!r}")
     why = "asked for" if name == "reference" else _load()
-    if name == "native" and why:
-        raise ImportError(f"[bulwark] backend native: {why}")
+    if name in ("native", "metal-sim") and why:
+        raise ImportError(f"[bulwark] backend {name}: {why}")
     if name == "auto" and why:
         warnings.warn(f"mlx_bulwark runs its plain-MLX reference, correct but slower: {why}", stacklevel=3)
-    _state = Backend("reference", why) if why else Backend("native", "the extension is loaded")
+    if name == "metal-sim":
+        if _simulator is None:
+            raise RuntimeError("[bulwark] backend metal-sim: no simulator is connected (tests/conftest.py does it)")
+        _simulator(ext)
+    if _loaded and sys.platform != "darwin":
+        ext.sim_enable(name == "metal-sim")
+    _state = (
+        Backend("reference", why) if why else Backend("native" if name == "auto" else name, "the extension is loaded")
+    )
+
+
+def connect(simulator: Callable[[Any], None]) -> None:
+    """Give the backend ``metal-sim`` its simulator: it is called with the extension whenever that backend is chosen."""
+    global _simulator
+    _simulator = simulator
 
 
 def use_from_environment() -> None:
@@ -131,8 +147,8 @@ def reference(name: str) -> Callable[[ReferenceFunction], ReferenceFunction]:
 
 
 def runs_native(stream: Stream) -> bool:
-    """Whether the extension (``ext``) runs ops on this stream; on a GPU stream the reference runs."""
+    """Whether the extension (``ext``) runs ops on this stream; on a GPU stream other than Metal the reference runs."""
     if _state.name == "reference":
         return False
     device = mx.default_device() if stream is None else stream
-    return bool(getattr(device, "device", device) == mx.cpu)
+    return bool(getattr(device, "device", device) == mx.cpu) or mx.metal.is_available()

@@ -158,7 +158,7 @@ def rfc_keystream(key, nonce, counter):
     nonce = np.frombuffer(bytes.fromhex(nonce), "<u4").tolist()
     key = mx.array(np.frombuffer(bytes.fromhex(key), "<u4"))
     block, domain = mx.array([counter, nonce[0]], mx.uint32), (nonce[1], nonce[2])
-    if bw.backend().name == "native":
+    if bw.backend().name != "reference":
         words = _native.ext.random_bits([16], key, block, domain)
     else:
         words = noise._random_bits([16], key, block, domain)
@@ -200,7 +200,7 @@ def chosen_words():
 
 
 def transform(words):
-    if bw.backend().name == "native":
+    if bw.backend().name != "reference":
         return np.array(_native.ext.normals_from_words(mx.array(words)))
     return np.stack([np.array(z) for z in noise._box_muller(*(mx.array(words[:, k]) for k in range(3)))], 1)
 
@@ -274,6 +274,8 @@ def test_every_half_survives_noise_that_rounds_away(backend, dtype):
     x = mx.array(patterns).view(dtype)
     y = bw.add_gaussian(x, 1.5e-45, KEY, 0)
     before, after = f64(x), f64(y)
+    if backend == "metal-sim":
+        before[abs(before) < 2.0**-126] = 0  # a GPU takes subnormal float32 for 0
     finite = np.isfinite(before)
     assert (after[finite] == before[finite]).all()
     assert (np.isnan(after) == np.isnan(before)).all()

@@ -1,0 +1,61 @@
+// One call of a Metal kernel, described without Metal: what launch_metal.cpp encodes and launch_sim.cpp simulates.
+#pragma once
+#include <array>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "mlx/array.h"
+#include "mlx/stream.h"
+
+namespace bulwark {
+namespace mx = mlx::core;
+
+struct Source {  // the text of one <family>.metal, embedded by cmake/embed.cmake
+  const char* name;
+  const char* text;
+  const char* hash;
+};
+
+struct KernelCall {
+  struct Arg {                                // its position in the list is its [[buffer(i)]]
+    enum Kind { in, out, part, bytes } kind;  // part: an output of which other calls write the rest
+    std::vector<mx::array> array;             // one, or none for bytes
+    std::vector<uint8_t> data;
+  };
+  struct Constant {
+    int index;  // [[function_constant(index)]]
+    bool value;
+  };
+
+  const Source& source;
+  std::string kernel;
+  uint32_t groups, threads;
+  std::vector<Arg> args{};
+  std::vector<Constant> constants{};
+
+  KernelCall& in(const mx::array& x) { return args.push_back({Arg::in, {x}, {}}), *this; }
+  KernelCall& out(const mx::array& x) { return args.push_back({Arg::out, {x}, {}}), *this; }
+  KernelCall& part(const mx::array& x) { return args.push_back({Arg::part, {x}, {}}), *this; }
+  template <class T>
+  KernelCall& bytes(const T& value) {
+    std::vector<uint8_t> data(sizeof value);
+    std::memcpy(data.data(), &value, sizeof value);
+    return args.push_back({Arg::bytes, {}, std::move(data)}), *this;
+  }
+  KernelCall& unused() { return bytes(uint32_t(0)); }  // a buffer that the kernel does not touch in this call
+  KernelCall& constant(int index, bool value) { return constants.push_back({index, value}), *this; }
+};
+
+void launch(const mx::Stream&, const KernelCall&);
+void allocate(const mx::Stream&, mx::array& out);                     // filled with NaN under the simulator
+mx::array temporary(const mx::Stream&, const mx::Shape&, mx::Dtype);  // lives until the calls that use it are done
+bool simulating();                 // whether ops that are built now run their Metal path in the simulator
+bool on_metal(const mx::Stream&);  // whether an op that is built now on this stream runs its Metal path
+
+inline const char* suffix(mx::Dtype t) {
+  return t == mx::float32 ? "_float32" : t == mx::float16 ? "_float16" : "_bfloat16";
+}
+}  // namespace bulwark
