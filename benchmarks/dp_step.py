@@ -11,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import mlx_bulwark as bw
-from mlx_bulwark.demo import CNN
 import numpy as np
+from mlx_bulwark.demo import CNN
 
 BATCH = 256
 

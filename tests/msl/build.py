@@ -1,8 +1,10 @@
 """Builds a library for the simulator from Metal text, and checks text as strictly as clang can without being Metal."""
 
+import contextlib
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +67,10 @@ def build(
     translation.kernels = [k for k in translation.kernels if only(k.name)]
     code, tables = with_entries(translation), host_tables(translation)
     library = CACHE / f"{fingerprint(code, tables)}.so"
-    if not library.exists():
+    if library.exists():
+        library.touch()
+    else:
+        forget_unused()
         runtime = build_runtime()
         with tempfile.TemporaryDirectory(dir=CACHE) as name:
             folder = Path(name)
@@ -180,6 +185,14 @@ def build_runtime() -> Path:
             run(CLANG, "-r", "-nostdlib", "-o", Path(name) / "runtime.o", *objects)
             os.replace(Path(name) / "runtime.o", merged)
     return merged
+
+
+def forget_unused(days: int = 7) -> None:
+    """Delete what was built and not used for some days."""
+    for path in (*CACHE.glob("*.so"), *CACHE.glob("sources/*/*.metal")):
+        with contextlib.suppress(FileNotFoundError):  # another process does the same
+            if time.time() - path.stat().st_mtime > days * 86400:
+                path.unlink()
 
 
 def fingerprint(*texts: str) -> str:

@@ -1,5 +1,7 @@
 """Kernels that are not ours: those that MLX ships, against numpy, in any thread order, and with barriers missing."""
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
@@ -8,6 +10,9 @@ import numpy as np
 import pytest
 
 import msl
+from msl.build import preprocess
+from msl.mutations import barriers, without
+from msl.scan import after_bracket
 
 pytestmark = pytest.mark.usefixtures("simulator")
 FOLDER = Path(__file__).parent / "third_party"
@@ -23,7 +28,7 @@ def library(name):
 
 def run(file, kernel, arguments, grid, group, order=0, constants=None):
     result = library(file).launch(kernel, arguments, grid=grid, group=group, constants=constants, order=order)
-    assert result.reports == []
+    assert not result.reports, "\n".join(result.reports)
     return result.arrays
 
 
@@ -176,6 +181,14 @@ def test_scan(size, order):
     assert (run("scan", "max_float32", arguments, grid, group, order)["out"] == np.maximum.accumulate(y, 1)).all()
 
 
+@ORDERS
+def test_long_scan(order):
+    x = random(9999)
+    arguments = {"in": x, "out": msl.Output(x.shape), "axis_size": np.uint64(9999)}
+    out = run("scan", "max_float32", arguments, (1024, 1, 1), (1024, 1, 1), order)["out"]
+    assert (out == np.maximum.accumulate(x)).all()
+
+
 def test_that_a_scan_of_mlx_reads_sums_of_simdgroups_that_do_not_exist():
     # Harmless there: these lanes' sums are not used.
     arguments = {"in": np.ones(99, np.int32), "out": msl.Output((99,), np.int32), "axis_size": np.uint64(99)}
@@ -291,3 +304,33 @@ def test_that_addmm_of_mlx_reads_past_the_last_row():
     assert len(result.reports) == 1
     assert result.reports[0].startswith("mma.h:")
     assert "out-of-bounds read: 4 bytes at offset 7104 of C (6660 bytes)" in result.reports[0]
+
+
+@pytest.mark.parametrize(
+    ("file", "kernel", "where", "barrier_count", "test"),
+    [
+        ("softmax", "softmax_float32", "void softmax_single_row", 5, lambda: test_softmax(1000, 0)),
+        ("softmax", "softmax_looped_float32", "void softmax_looped", 2, lambda: test_softmax_of_long_rows(0)),
+        ("scan", "max_float32", "void contiguous_scan", 5, lambda: test_long_scan(0)),
+        ("sort", "argsort_float16", "struct BlockMergeSort", 3, lambda: test_argsort(0)),
+        ("sort", "argsort_float16", "struct KernelMergeSort", 2, lambda: test_argsort(0)),
+        ("attention", "attention_float32", "void sdpa_vector", 3, lambda: test_attention(0)),
+    ],
+)
+def test_a_missing_barrier_is_reported(file, kernel, where, barrier_count, test, tmp_path, monkeypatch):
+    text = preprocess(FOLDER / f"{file}.metal", include=INCLUDE)
+    start = text.index(where)
+    end = after_bracket(text, text.index("{", start))
+    calls = [call for call in barriers(text) if start < call[0] < end]
+    assert len(calls) == barrier_count
+
+    def mutant(number):
+        source = tmp_path / f"{number}.metal"
+        source.write_text(without(text, calls[number]))
+        return msl.Library(source, only=lambda name: name == kernel)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for library in pool.map(mutant, range(barrier_count)):
+            monkeypatch.setitem(globals(), "library", lambda _, library=library: library)
+            with pytest.raises(AssertionError, match=r"data race|read of memory never written"):
+                test()
