@@ -6,6 +6,8 @@ sim_take() -> [(kernel, JSON of msl_result)], every launch since the last time.
 
 import hashlib
 import json
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,5 +75,8 @@ def write_source(name: str, text: str) -> Path:
     folder = CACHE / "sources" / hashlib.sha256(text.encode()).hexdigest()[:20]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.metal"
-    path.write_text(text)
+    if not path.exists():  # whole or not at all: another process may be compiling it
+        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
     return path

@@ -1,0 +1,91 @@
+"""Memory traffic of the Metal kernels, counted by the simulator (tests/msl) while ops run them.
+
+Least: every byte of the buffers that the host binds, once. Requested: what the threads ask for. Both without constant
+memory, a few words that all threads share. Times are predicted, not measured: the requested bytes over the bandwidth
+that is published for a chip.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_bulwark as bw
+import numpy as np
+from mlx_bulwark import _native
+
+KEY = bw.random_key()
+BANDWIDTHS = {"M1": 68.25, "M2_Max": 400.0, "M3_Ultra": 819.0, "M4_Max": 546.0}  # GB/s
+LINE = 64
+
+
+def simulator(bench):
+    """The simulator, or None where it cannot run."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    try:
+        import msl
+        import msl.bridge
+    finally:
+        del sys.path[0]
+    if reason := msl.missing():
+        print(f"  {bench.suite}: {reason}: no rows")
+        return None
+    return msl.bridge.Simulator()
+
+
+def normals(shape, dtype=mx.float32):
+    return mx.array(np.random.default_rng(0).standard_normal(shape).astype(np.float32)).astype(dtype)
+
+
+def cases():
+    """Names, and what runs."""
+    for n in (1000, 32_000, 400_003):
+        yield f"noise.gaussian.{n}", lambda n=n: [bw.gaussian((n,), 1.0, KEY, 0)]
+        yield f"noise.add_gaussian.{n}", lambda n=n: [bw.add_gaussian(mx.zeros(n), 1.0, KEY, 0)]
+    for batch, size in ((512, 1000), (64, 8000), (4, 160_001)):
+        shape = f"{batch}x{size}"
+        for dtype, name in ((mx.float32, shape), (mx.bfloat16, f"{shape}_bfloat16")):
+            x, f = normals((batch, size), dtype), mx.ones(batch)
+            yield f"clip.sq_norms.{name}", lambda x=x: [bw.sample_sq_norms(x)]
+            yield f"clip.clipped_sum.{name}", lambda x=x, f=f: [bw.clipped_sum(x, f)]
+            yield f"clip.clip_and_sum.{name}", lambda x=x: [bw.clip_and_sum(x, 1.0, sigma=1.0, key=KEY, counter=0)[0]]
+
+
+def agree(a, b):
+    return all(mx.allclose(x, y, rtol=1e-5, atol=1e-5).item() for x, y in zip(a, b, strict=True))
+
+
+def run(bench):
+    sim = simulator(bench)
+    if sim is None:
+        return
+    _native.connect(sim)
+    try:
+        for case, op in cases():
+            _native.use("native")
+            expected = op()
+            _native.use("metal-sim")
+            got = op()
+            mx.eval(expected, got)
+            calls = sim.calls
+            bench.check(case, lambda a=got, b=expected, calls=calls: agree(a, b) and not any(c.reports for c in calls))
+            rows(bench, case, calls)
+    finally:
+        _native.use_from_environment()
+
+
+def rows(bench, case, calls):
+    buffers = [b for c in calls for b in c.buffers.values() if b["space"] == "device" and b["read"] + b["written"]]
+    requested = sum(b["read"] + b["written"] for b in buffers)
+    unique = sum(b["unique_read"] + b["unique_written"] for b in buffers)
+    least = sum(b["size"] for b in buffers)
+    lines = sum(b["lines_read"] + b["lines_written"] for b in buffers)
+    accesses = sum(b["accesses_read"] + b["accesses_written"] for b in buffers)
+    bench.row(f"{case}/requested_over_least", requested / least, "x", better="lower")
+    bench.row(f"{case}/unique_over_least", unique / least, "x", better="lower")
+    bench.row(f"{case}/least", least, "bytes", better="lower")
+    bench.row(f"{case}/lines_over_least", lines / math.ceil(least / LINE), "x", better="lower")
+    bench.row(f"{case}/lines_an_access", lines / accesses, "lines", better="lower")
+    bench.row(f"{case}/dispatches", len(calls), "calls", better="lower")
+    for chip, bandwidth in BANDWIDTHS.items():
+        bench.row(f"{case}/predicted_time_{chip}", requested / bandwidth / 1e3, "us", better="lower")
