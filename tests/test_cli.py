@@ -132,7 +132,10 @@ def test_interrupt(tmp_path, seen, steps_taken):
             assert byte, shown
             shown += byte
         process.send_signal(signal.SIGINT)
-        out, error = process.communicate(timeout=120)
+        try:
+            out, error = process.communicate(timeout=60)
+        finally:
+            process.kill()  # or leaving the block would wait for all its steps
     assert process.returncode == 130
     assert b"Traceback" not in error
     figures = json.loads(file.read_text())

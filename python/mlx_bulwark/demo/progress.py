@@ -1,37 +1,45 @@
 """Keeps the person at the terminal informed, and in control."""
 
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from tqdm import tqdm
-
 
 @contextmanager
 def waiting(text: str) -> Iterator[None]:
-    """Show a clock beside the text while one long call runs."""
-    done = threading.Event()
-    with tqdm(desc=text, bar_format="{desc} ... {elapsed}", leave=False) as bar:
+    """Show a clock beside the text while one long call runs.
 
-        def tick() -> None:
-            while not done.wait(1.0):
-                bar.refresh()
+    The clock's own thread does all the writing: a Ctrl-C inside a progress bar of tqdm could leave its lock taken.
+    """
+    done, began = threading.Event(), time.monotonic()
 
-        clock = threading.Thread(target=tick, daemon=True)
-        clock.start()
-        try:
-            yield
-        finally:
-            done.set()
-            clock.join()
+    def tick() -> None:
+        while True:
+            line = f"{text} ... {time.monotonic() - began:.0f} s"
+            print(f"\r{line}", end="", file=sys.stderr, flush=True)
+            if done.wait(1.0):
+                break
+        print(f"\r{' ' * len(line)}\r", end="", file=sys.stderr, flush=True)
+
+    clock = threading.Thread(target=tick, daemon=True)
+    clock.start()
+    try:
+        yield
+    finally:
+        done.set()
+        clock.join()
 
 
 class Stop:
-    """Whether Ctrl-C was pressed, asked between steps."""
+    """Whether Ctrl-C was pressed."""
 
-    pressed = False
+    def __init__(self) -> None:
+        self.pressed = False
+        self.held = False  # then the first Ctrl-C waits for `check`, so that no step is torn; a second acts at once
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if it was."""
@@ -40,13 +48,14 @@ class Stop:
 
 
 @contextmanager
-def between_steps() -> Iterator[Stop]:
-    """Hold the first Ctrl-C back to where `Stop.check` is called, so that no step is torn; a second acts at once."""
+def stoppable() -> Iterator[Stop]:
+    """Remember Ctrl-C: raised inside a callback of the interpreter, KeyboardInterrupt alone would be lost."""
     stop = Stop()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        stop.check()
-        stop.pressed = True
+        again, stop.pressed = stop.pressed, True
+        if again or not stop.held:
+            raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():  # only that one receives signals
         yield stop

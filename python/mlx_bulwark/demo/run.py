@@ -19,7 +19,7 @@ from ..privacy.taps import named_arrays
 from .data import DATASETS, Array, Split, load
 from .figures import Figures
 from .model import CNN, accuracy, loss_fn
-from .progress import between_steps, waiting
+from .progress import Stop, stoppable, waiting
 
 # Found by trial at epsilon 3. A clipped gradient is at most 0.1 long, hence the large learning rate.
 MAX_GRAD_NORM = 0.1
@@ -143,9 +143,12 @@ def run_demo(options: DemoOptions, say: Callable[[str], None]) -> Figures:
         batch_size=options.batch_size,
     )
     try:
-        split = _load(options, figures, say)
-        engine = _calibrate(options, figures, say)
-        _train(engine, options, split, figures)
+        with stoppable() as stop:
+            split = _load(options, figures, say)
+            stop.check()
+            engine = _calibrate(options, figures, say)
+            stop.check()
+            _train(engine, options, split, figures, stop)
     except KeyboardInterrupt:
         figures.interrupted = True
     figures.seconds = time.perf_counter() - began
@@ -189,7 +192,7 @@ def _calibrate(options: DemoOptions, figures: Figures, say: Callable[[str], None
     return engine
 
 
-def _train(engine: PrivacyEngine, options: DemoOptions, split: Split, figures: Figures) -> None:
+def _train(engine: PrivacyEngine, options: DemoOptions, split: Split, figures: Figures, stop: Stop) -> None:
     record = _Record()
     private, plain = (_model(options, split) for _ in range(2))
     figures.parameters = sum(p.size for _, p in named_arrays(private.trainable_parameters()))
@@ -210,7 +213,8 @@ def _train(engine: PrivacyEngine, options: DemoOptions, split: Split, figures: F
         ahead = min(options.steps, engine.steps + stretch)
         return compute_epsilon(engine.noise_multiplier, engine.sample_rate, ahead, options.delta, engine.accountant)
 
-    with between_steps() as stop, tqdm(total=options.steps, desc="Training", unit="step", dynamic_ncols=True) as bar:
+    stop.held = True
+    with tqdm(total=options.steps, desc="Training", unit="step", dynamic_ncols=True) as bar:
         measure()
         epsilon = bound()
         try:
