@@ -59,6 +59,16 @@ kernel void wild_pointer(IN, OUT, POSITION) {
   y[t] = x[ulong(t) + (ulong(off) << 58)];  // bug: wild_pointer
 }
 
+__attribute__((noinline)) float last_of(device const float* x, uint n) {
+  float v[off ? 80000 : 8];
+  for (uint i = 0; i < n; i++) v[i] = x[i % 64];  // bug: too_much_private_memory
+  return v[uint(x[n % 8])];
+}
+
+kernel void too_much_private_memory(IN, OUT, POSITION) {
+  y[t] = t == 0 ? last_of(x, off ? 80000 : 8) : x[t];
+}
+
 kernel void read_never_written_output(IN, OUT, POSITION) {
   if (off == 0) y[t] = 0.0f;
   y[t] += x[t];  // bug: read_never_written_output

@@ -26,6 +26,7 @@ BUGS = {
     "array_past_the_end": "array index out of bounds",
     "array_past_the_end_through_a_pointer": "access outside of an array",
     "wild_pointer": OUT_OF_BOUNDS_READ,
+    "too_much_private_memory": "wild pointer, or too much private memory",
     "read_never_written_output": r"read of memory never written: offset \d+ of y",
     "read_never_written_threadgroup": "read of memory never written: offset 0 of shared",
     "no_barrier_before_read": RACE,

@@ -136,12 +136,11 @@ MSL_API int msl_launch(const uint32_t* grid, const uint32_t* group) {
   if (!threads || !grid[0] || !grid[1] || !grid[2]) return refuse("the grid or the threadgroup is empty");
   if (threads > kernel->most_threads) {
     report(format("more than %u threads a threadgroup", kernel->most_threads).c_str(), nullptr,
-           format("%llu threads", static_cast<unsigned long long>(threads)), kernel->defined_at);
+           format("%llu threads", static_cast<unsigned long long>(threads)));
     return report_count();
   }
   if (threadgroup_bytes() > threadgroup_limit)
-    report("more than 32 KiB of threadgroup memory", nullptr, format("%zu bytes", threadgroup_bytes()),
-           kernel->defined_at);
+    report("more than 32 KiB of threadgroup memory", nullptr, format("%zu bytes", threadgroup_bytes()));
 
   Faults faults;
   unsigned control = _mm_getcsr();

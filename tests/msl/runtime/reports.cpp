@@ -76,6 +76,7 @@ std::string format(const char* form, ...) {
 void report(const char* what, const void* pc, const std::string& detail, const char* where) {
   uintptr_t offset = pc ? reinterpret_cast<uintptr_t>(pc) - image_base : 0;
   if (seen[{std::string(what) + where, offset}]++ || static_cast<int>(reports.size()) >= options.most_reports) return;
+  if (!pc && !*where) where = kernel->defined_at;
   Uint3 none{};
   reports.push_back({what, detail, where, offset, current ? current->thread.threadgroup_position_in_grid : none,
                      current ? current->thread.thread_position_in_threadgroup : none});

@@ -49,20 +49,23 @@ void fiber_main() {
   end_thread();
 }
 
-class Stacks {  // of all threads of a threadgroup, each with a page below it that traps
- public:
-  explicit Stacks(size_t count) : bytes(count * stack_size), base(map_pages(bytes, PROT_READ | PROT_WRITE)) {
-    for (size_t i = 0; i < count; i++) {
-      fibers[i].stack = base + i * stack_size;
-      mprotect(fibers[i].stack, page_size, PROT_NONE);
-    }
-  }
-  ~Stacks() { munmap(base, bytes); }
+// The stacks of all threads of a threadgroup. They are kept, since mapping them takes longer than a small launch.
+void make_stacks(size_t count) {
+  static char* stacks = nullptr;
+  static size_t mapped = 0;
+  if (count <= mapped) return;
+  if (stacks) munmap(stacks, mapped * stack_size);
+  stacks = map_pages(count * stack_size, PROT_READ | PROT_WRITE);
+  mapped = count;
+  fibers.resize(count);
+  for (size_t i = 0; i < count; i++) fibers[i].stack = stacks + i * stack_size;
+}
 
- private:
-  size_t bytes;
-  char* base;
-};
+// Pages between the stacks that trap would be surer, but a process can have too few of them for all its libraries.
+bool used_up(const Fiber& f) {
+  auto bottom = reinterpret_cast<const uint64_t*>(f.stack);
+  return std::any_of(bottom, bottom + 8, [](uint64_t word) { return word != 0; });
+}
 
 void start(Fiber& f) {
   auto top = reinterpret_cast<void**>(f.stack + stack_size);
@@ -97,6 +100,11 @@ void run_ready(unsigned first, unsigned end) {
     if (fibers[i].state == State::ready) {
       current = &fibers[i];
       msl_switch_stack(&host_stack, current->stack_pointer);
+      if (used_up(*current)) {
+        report("too much private memory", nullptr, format("more than %zu bytes", stack_size));
+        current->state = State::done;
+        memset(current->stack, 0, 64);
+      }
     }
 }
 
@@ -215,8 +223,7 @@ void run_grid(Uint3 grid, Uint3 group, void* const* buffers, void* const* thread
 
   rng.seed(options.seed);
   threads_a_group = group.x * group.y * group.z;
-  if (fibers.size() < threads_a_group) fibers.resize(threads_a_group);
-  Stacks stacks(threads_a_group);
+  make_stacks(threads_a_group);
   for (unsigned number : in_order(0, count.x * count.y * count.z)) {
     threadgroup_number = number;
     common.threadgroup_position_in_grid = {number % count.x, number / count.x % count.y, number / count.x / count.y};
