@@ -1,6 +1,7 @@
 """Builds a library for the simulator from Metal text, and checks text as strictly as clang can without being Metal."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import tempfile
@@ -27,6 +28,8 @@ LANGUAGE = (
 )
 # SYCL's device mode keeps address spaces in the types and lets them convert to the default one.
 SYCL = ("-Xclang", "-fsycl-is-device", "-Xclang", "-aux-triple", "-Xclang", "x86_64-pc-linux-gnu")
+# The hooks are this library's own, even where the process has those of a sanitizer.
+LINK = ("-Wl,-Bsymbolic", "-Wl,-z,now", "-Wl,-z,defs")
 # Address spaces are disjoint. What was added to C++14, and conversions that Metal does not make by itself, are errors.
 STRICT = (
     "-DMSL_STRICT",
@@ -79,7 +82,7 @@ def build(
             objects = folder / "kernels.o", folder / "tables.o"
             run(CLANG, *LANGUAGE, *SYCL, *CODE, *INSTRUMENTATION, "-c", folder / "kernels.cpp", "-o", objects[0])
             run(CLANG, *CXX, f"-I{HERE / 'runtime'}", "-fPIC", "-c", folder / "tables.cpp", "-o", objects[1])
-            run(CLANG, "-shared", "-o", folder / "library.so", *objects, runtime, "-Wl,-z,now", "-Wl,-z,defs")
+            run(CLANG, "-shared", "-o", folder / "library.so", *objects, runtime, *LINK)
             os.replace(folder / "library.so", library)
     return Built(library, translation)
 
@@ -195,11 +198,16 @@ def forget_unused(days: int = 7) -> None:
                 path.unlink()
 
 
+@functools.cache
+def own_text() -> bytes:
+    """Everything that goes into a build, but for the kernels."""
+    own = (Path(__file__), *sorted(HERE.glob("runtime/*")), *sorted(HERE.glob("shim/**/*.h")))
+    return run(CLANG, "--version").encode() + b"".join(path.read_bytes() for path in own)
+
+
 def fingerprint(*texts: str) -> str:
-    """Hash texts with everything else that goes into a build."""
-    digest = hashlib.sha256(run(CLANG, "--version").encode())
-    for path in (Path(__file__), *sorted(HERE.glob("runtime/*")), *sorted(HERE.glob("shim/**/*.h"))):
-        digest.update(path.read_bytes())
+    """Hash texts with everything else that goes into a build of them."""
+    digest = hashlib.sha256(own_text())
     for text in texts:
         digest.update(text.encode())
     return digest.hexdigest()[:20]
