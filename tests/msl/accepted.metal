@@ -27,6 +27,7 @@ METAL_FUNC vec<T, 4> load(device const vec<T, 4>* x, uint i, constant Params& p)
 }
 
 inline void add(thread float4& to, float4 v) { to = to * 1.0f + v; }
+inline float first(thread float (&v)[2], thread const float w[2]) { return v[0] + w[int(v[1])]; }
 inline float product(uint a, float b) { return a * b; }
 
 template <typename T>
@@ -43,6 +44,8 @@ template <typename T>
   threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);
   threadgroup const float4* from = shared + t;
   float4 sum = float4(0.0f);
+  float pair[2] = {1.0f, 0.0f}, other[2] = {pair[1], pair[0]};
+  pair[0] = first(pair, other);
   add(sum, *from);
   thread float* first = (thread float*)&sum;
   if (i * width < p.n && (t & 1u) == (i & 1u)) y[i] = vec<T, 4>(sum * product(2u, 0.5f) + first[0] * 0.0f);

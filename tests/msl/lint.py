@@ -115,8 +115,16 @@ def check_pointers(tokens: list[Token]) -> Iterator[str]:
     """Every pointer and reference names the address space of what it points to."""
     words = [t.text for t in tokens]
     types = declared_types(words)
+    depth = 0
     for i, token in enumerate(tokens):
-        if token.text in ("*", "&", "&&") and lacks_address_space(words, i, types):
+        depth += (token.text == "(") - (token.text == ")")
+        mark = i if token.text in ("*", "&", "&&") else None
+        if mark and words[i - 1] == "(" and words[i + 2 : i + 4] == [")", "["]:  # T (&name)[n]
+            mark = i - 1
+        if token.text == "[" and depth:  # T name[n] as a parameter
+            end = words.index("]", i) + 1
+            mark = i - 1 if words[end] in (",", ")") else None
+        if mark and lacks_address_space(words, mark, types):
             yield f"{token.where}: a pointer or reference without an address space"
 
 

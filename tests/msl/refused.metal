@@ -66,6 +66,23 @@ kernel void k(device float* y [[buffer(0)]]) {
 }
 #endif
 
+#ifdef UNQUALIFIED_ARRAY_REFERENCE
+void clear(float (&v)[2]) { v[0] = v[1] = 0.0f; }  // refused: UNQUALIFIED_ARRAY_REFERENCE
+kernel void k(device float* y [[buffer(0)]]) {
+  float v[2];
+  clear(v);
+  y[0] = v[0];
+}
+#endif
+
+#ifdef UNQUALIFIED_ARRAY
+float sum(float x, const float v[2]) { return x + v[0] + v[1]; }  // refused: UNQUALIFIED_ARRAY
+kernel void k(device float* y [[buffer(0)]]) {
+  float v[2] = {1.0f, 2.0f};
+  y[0] = sum(y[0], v);
+}
+#endif
+
 #ifdef UNQUALIFIED_CAST
 kernel void k(device float* y [[buffer(0)]]) {
   uint bits = 1;
