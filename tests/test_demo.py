@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_bulwark.demo import CNN, DATASETS, DemoOptions, Figures, OptionError, loss_fn, run_demo
 from mlx_bulwark.demo.data import load
 from mlx_bulwark.demo.plot import draw
-from mlx_bulwark.demo.progress import between_steps
+from mlx_bulwark.demo.progress import stoppable
 from sklearn.datasets import load_digits
 
 QUICK = DemoOptions(epsilon=0.5, steps=4, batch_size=64)
@@ -199,8 +199,9 @@ def test_interrupted_before_the_first_step(stage, tmp_path):
 
 def test_an_interrupt_waits_for_the_end_of_the_step_and_a_second_does_not():
     before = signal.getsignal(signal.SIGINT)
-    with between_steps() as stop:
+    with stoppable() as stop:
         stop.check()
+        stop.held = True
         signal.raise_signal(signal.SIGINT)
         assert stop.pressed
         with pytest.raises(KeyboardInterrupt):
@@ -208,6 +209,14 @@ def test_an_interrupt_waits_for_the_end_of_the_step_and_a_second_does_not():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_that_got_lost_is_remembered():
+    with stoppable() as stop:
+        with pytest.raises(KeyboardInterrupt):  # at once; a callback of the interpreter may swallow it
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            stop.check()
 
 
 @pytest.mark.parametrize(
