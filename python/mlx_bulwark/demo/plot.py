@@ -64,7 +64,7 @@ def _draw_epsilon(axes: Any, figures: Figures) -> None:
 
 def _draw_norms(axes: Any, figures: Figures) -> None:
     axes.set_title("Per-sample gradient norms of all steps: not covered by epsilon", fontsize=10)
-    axes.set(xlabel="norm before the clip", ylabel="share of examples (%)", xscale="log")
+    axes.set(xlabel="norm before the clip (all below 1e-6 at 1e-6)", ylabel="share of examples (%)", xscale="log")
     if not figures.norm_counts or figures.max_grad_norm is None:
         axes.text(0.5, 0.5, "no step was taken", ha="center", transform=axes.transAxes)
         return
@@ -75,5 +75,8 @@ def _draw_norms(axes: Any, figures: Figures) -> None:
     )
     axes.axvline(figures.max_grad_norm, color=LIMIT, label=clip)
     axes.margins(y=0.15)
+    axes.set_xlim(
+        min(figures.norm_edges[0], figures.max_grad_norm / 10), max(figures.norm_edges[-1], figures.max_grad_norm * 10)
+    )
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", fontsize=9)

@@ -31,7 +31,7 @@ POINTS = 20  # of the curves: accounting by PLD takes as long as a step
 EPSILON_LIMIT = 20.0  # e^20: beyond it the guarantee says nothing, and the accounting takes minutes
 DELTA_LIMITS = (1e-12, 0.1)
 SEED_LIMIT = 2**32
-NORM_EDGES = np.logspace(-6, 4, 121)
+NORM_EDGES = np.logspace(-6, 4, 81)
 
 
 class OptionError(ValueError):
