@@ -9,7 +9,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from ..ops.clip import clip_factors, clipped_sum, sample_sq_norms
-from .rules import PerSample, Tapped, has_rule, per_sample
+from .per_sample import PerSample, Tapped
+from .rules import has_rule, per_sample
 from .taps import Call, Planned, PrivacyError, Site, Trace, find_sites, named_arrays, tapped
 
 LossFunction = Callable[..., mx.array]

@@ -1,0 +1,85 @@
+"""What a rule gives for one layer, and what rules are made of."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+
+from .taps import Call, Planned, Site
+
+WeightedSums = Callable[[mx.array], dict[str, mx.array]]
+
+
+@dataclass
+class PerSample:
+    """Per-sample gradients of one layer: built, or as norms and a way to their weighted sum."""
+
+    built: dict[str, mx.array] = field(default_factory=dict)  # name -> [B, ...]
+    sq_norms: mx.array | None = None  # [B], of the gradients that are not built
+    weighted_sums: WeightedSums | None = None  # factors [B] -> their weighted sums
+
+
+@dataclass
+class Tapped:
+    """One call as the rules see it: every input and output gradient with the batch axis first."""
+
+    call: Call
+    planned: Planned
+    inputs: list[mx.array]
+    gradients: list[mx.array]
+
+    @property
+    def x(self) -> mx.array:
+        """The layer's first input."""
+        return self.inputs[0]
+
+    @property
+    def dy(self) -> mx.array:
+        """The gradient of the layer's one output."""
+        return self.gradients[0]
+
+
+PerSampleRule = Callable[[Site, list[Tapped]], PerSample]
+
+
+def combine(results: Iterable[PerSample]) -> PerSample:
+    """Per-sample gradients of several parameters of one layer as one."""
+    parts = list(results)
+    norms = [r.sq_norms for r in parts if r.sq_norms is not None]
+    weighted = [r.weighted_sums for r in parts if r.weighted_sums is not None]
+
+    def weighted_sums(factors: mx.array) -> dict[str, mx.array]:
+        return {name: s for f in weighted for name, s in f(factors).items()}
+
+    return PerSample(
+        {name: g for r in parts for name, g in r.built.items()},
+        sum(norms[1:], norms[0]) if norms else None,
+        weighted_sums if weighted else None,
+    )
+
+
+def keep(factors: mx.array, x: mx.array) -> mx.array:
+    """x with zeros in the samples of factor 0, whatever they hold: 0 * NaN would be NaN."""
+    f = factors.reshape(-1, *[1] * (x.ndim - 1))
+    return mx.where(f == 0, mx.zeros((), x.dtype), x)
+
+
+def scale(factors: mx.array, x: mx.array) -> mx.array:
+    """factors * x, with zeros in the samples of factor 0."""
+    f = factors.reshape(-1, *[1] * (x.ndim - 1))
+    return mx.where(f == 0, mx.zeros((), mx.float32), f * x)
+
+
+def rows(x: mx.array) -> mx.array:
+    """[B, ..., d] -> [B, T, d] in float32."""
+    return x.reshape(x.shape[0], -1, x.shape[-1]).astype(mx.float32)
+
+
+def join(parts: list[mx.array], axis: int) -> mx.array:
+    """The calls of one layer along an axis."""
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
+
+
+def add(total: dict[str, mx.array], name: str, value: mx.array) -> None:
+    """total[name] += value."""
+    total[name] = total[name] + value if name in total else value
