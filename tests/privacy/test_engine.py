@@ -290,7 +290,7 @@ def test_a_fork_does_not_repeat_noise():
 
     def child(queue):
         try:
-            e._refuse_fork()
+            e._books.refuse_fork()
             queue.put("went on")
         except bw.PrivacyError as error:
             queue.put(str(error))

@@ -1,14 +1,11 @@
 """Privacy accounting of subsampled Gaussian steps, by Google's dp-accounting."""
 
-import functools
-import logging
 import math
 from collections.abc import Callable
-from typing import Any, Literal
 
-Accountant = Literal["pld", "rdp"]
+from .events import ADJACENCY, Accountant, Release, composed_epsilon
 
-ADJACENCY = "add or remove one example"
+__all__ = ["ADJACENCY", "compute_epsilon", "find_noise_multiplier"]
 
 
 def compute_epsilon(
@@ -43,13 +40,11 @@ def compute_epsilon(
         (arXiv:1908.10530); computed by dp-accounting.
     """
     _check(noise_multiplier, sample_rate, steps, accountant)
-    if not 0 < delta < 1:
-        raise ValueError(f"[compute_epsilon] delta must be in (0, 1) but is {delta}")
+    check_delta("compute_epsilon", delta)
     if steps == 0 or sample_rate == 0:
         return 0.0
-    if noise_multiplier == 0:
-        return math.inf
-    return _epsilon(float(noise_multiplier), float(sample_rate), int(steps), float(delta), accountant)
+    release = Release(float(sample_rate), float(noise_multiplier), int(steps))
+    return composed_epsilon((release,), float(delta), accountant)
 
 
 def find_noise_multiplier(
@@ -85,8 +80,7 @@ def find_noise_multiplier(
     _check(1.0, sample_rate, steps, accountant)
     if not 0 < epsilon < math.inf:
         raise ValueError(f"[find_noise_multiplier] epsilon must be positive and finite but is {epsilon}")
-    if not 0 < delta < 1:
-        raise ValueError(f"[find_noise_multiplier] delta must be in (0, 1) but is {delta}")
+    check_delta("find_noise_multiplier", delta)
     if steps == 0 or sample_rate == 0:
         raise ValueError(
             f"[find_noise_multiplier] steps and sample_rate must be positive but are {steps}, {sample_rate}"
@@ -112,6 +106,12 @@ def _solve(target: float, guess: float, epsilon_of: Callable[[float], float]) ->
     return sigma
 
 
+def check_delta(op: str, delta: float) -> None:
+    """Refuse a delta that is no probability strictly between 0 and 1."""
+    if not 0 < delta < 1:
+        raise ValueError(f"[{op}] delta must be in (0, 1) but is {delta}")
+
+
 def _check(noise_multiplier: float, sample_rate: float, steps: int, accountant: str) -> None:
     if not 0 <= noise_multiplier < math.inf:
         raise ValueError(f"[privacy] noise_multiplier must be at least 0 and finite but is {noise_multiplier}")
@@ -121,31 +121,3 @@ def _check(noise_multiplier: float, sample_rate: float, steps: int, accountant: 
         raise ValueError(f"[privacy] steps must be a whole number of at least 0 but is {steps}")
     if accountant not in ("pld", "rdp"):
         raise ValueError(f"[privacy] accountant must be 'pld' or 'rdp' but is {accountant!r}")
-
-
-@functools.lru_cache(maxsize=4096)
-def _epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float, accountant: Accountant) -> float:
-    if accountant == "pld":
-        return float(_step_pld(noise_multiplier, sample_rate).self_compose(steps).get_epsilon_for_delta(delta))
-    import dp_accounting as dp
-    from dp_accounting.rdp import RdpAccountant
-
-    event = dp.PoissonSampledDpEvent(sample_rate, dp.GaussianDpEvent(noise_multiplier))
-    absl = logging.getLogger("absl")
-    level = absl.level
-    absl.setLevel(logging.ERROR)  # it warns of every order that it leaves out; leaving orders out is sound
-    try:
-        spent = RdpAccountant(neighboring_relation=dp.NeighboringRelation.ADD_OR_REMOVE_ONE).compose(event, steps)
-        return float(spent.get_epsilon(delta))
-    finally:
-        absl.setLevel(level)
-
-
-@functools.lru_cache(maxsize=64)
-def _step_pld(noise_multiplier: float, sample_rate: float) -> Any:
-    from dp_accounting.pld import privacy_loss_distribution as pld
-
-    # Pessimistic on a grid of 1e-4, for add-or-remove-one: dp-accounting's own choice in PLDAccountant.
-    return pld.from_gaussian_mechanism(
-        noise_multiplier, sampling_prob=sample_rate, value_discretization_interval=1e-4, use_connect_dots=True
-    )

@@ -1,7 +1,6 @@
 """DP-SGD for any MLX training loop."""
 
 import math
-import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -9,22 +8,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from ..ops.noise import add_gaussian, advance_counter, bit_blocks_used, blocks_used, random_bits, random_key
-from .accounting import ADJACENCY, Accountant, compute_epsilon, find_noise_multiplier
+from ..ops.noise import bit_blocks_used, random_bits
+from .accounting import check_delta, find_noise_multiplier
 from .batches import Batch, PoissonBatches, default_physical_batch_size
+from .books import Books
 from .check import CheckReport, check
-from .gradients import ClippingMode, LossFunction, clipped_sums
+from .events import Accountant, Event, Gaussian, Poisson, Run
+from .gradients import ClippingMode, LossFunction
 from .optimizer import ClippedGradients, PrivateOptimizer
-from .taps import Planned, PrivacyError
-
-LossAndGrad = Callable[..., tuple[mx.array, ClippedGradients]]
-
-
-class _State(dict[str, Any]):
-    """Arrays that a compiled step takes and returns. Holds the noise key: never shown."""
-
-    def __repr__(self) -> str:
-        return f"<engine state: {', '.join(self)} (secret)>"
+from .state import new_state
+from .steps import LossAndGrad, compiled_step, private_value_and_grad, release
 
 
 class PrivacyEngine:
@@ -88,18 +81,12 @@ class PrivacyEngine:
             raise ValueError(f"[PrivacyEngine] accountant must be 'pld' or 'rdp' but is {accountant!r}")
         self.dataset_size = dataset_size
         self.expected_batch_size = self.sample_rate * dataset_size
-        self.noise_multiplier = float(noise_multiplier)
-        self.max_grad_norm = float(max_grad_norm)
+        event = Event(Poisson(self.sample_rate), Gaussian(float(noise_multiplier), float(max_grad_norm)))
         self.clipping: ClippingMode = clipping
-        self.accountant: Accountant = accountant
-        self.planned_steps = steps
         self.delta = delta
+        self.state = new_state(event)
+        self._books = Books(event, accountant, steps)
         self._sampling_counter = 0
-        self._process = os.getpid()
-        self.state = _State(
-            noise=_State(key=random_key(), counter=mx.zeros((2,), mx.uint32)),
-            steps=mx.array(0, mx.uint32),
-        )
         self._accumulated: dict[str, mx.array] = {}
 
     @classmethod
@@ -187,23 +174,7 @@ class PrivacyEngine:
         Source:
             Bu et al. 2022, Differentially Private Optimization on Large Model at Small Cost (arXiv:2210.00038).
         """
-        plans: dict[Any, list[Planned]] = {}
-
-        def loss_and_grad(
-            called_model: nn.Module, *batch: Any, mask: mx.array | None = None, last: bool = True
-        ) -> tuple[mx.array, ClippedGradients]:
-            if called_model is not model:
-                raise PrivacyError(
-                    "[value_and_grad] model must be the one that value_and_grad was given but is another"
-                )
-            first: Any = batch[0] if len(batch) == 1 else None
-            if isinstance(first, Batch):
-                batch, mask, last = first.data, first.mask, first.last
-            r = clipped_sums(model, loss_fn, batch, mask, self.max_grad_norm, self.clipping, plans)
-            losses = r.losses if mask is None else mx.where(mask, r.losses, 0)
-            return losses, ClippedGradients(self, r.sums, r.sq_norms, r.num_refused, last)
-
-        return loss_and_grad
+        return private_value_and_grad(self, model, loss_fn)
 
     def wrap(self, optimizer: optim.Optimizer) -> PrivateOptimizer:
         """Make an optimizer private: its ``update`` takes `ClippedGradients`, and nothing else.
@@ -293,35 +264,42 @@ class PrivacyEngine:
         Source:
             `value_and_grad` and `PrivateOptimizer.update` under ``mx.compile``.
         """
-        loss_and_grad = self.value_and_grad(model, loss_fn)
-        optimizer.init(model.trainable_parameters())
-        state = [model.state, optimizer.state, self.state, mx.random.state]
+        return compiled_step(self, model, optimizer, loss_fn)
 
-        def piece(data: list[mx.array], mask: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
-            losses, gradients = loss_and_grad(model, *data, mask=mask)
-            return losses, self._spend(gradients)
+    @property
+    def event(self) -> Event:
+        """What the next step spends: its mechanism under the sampling scheme."""
+        return self._books.event
 
-        def end(data: list[mx.array], mask: mx.array, accumulated: dict[str, mx.array]) -> mx.array:
-            losses, gradients = loss_and_grad(model, *data, mask=mask)
-            gradients._sums = _add(gradients._sums, accumulated)
-            optimizer.update(model, gradients)
-            return losses
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The composition spent so far: runs of steps, each under one event."""
+        return self._books.runs(self.steps)
 
-        compiled_piece = mx.compile(piece, inputs=[model.state, mx.random.state], outputs=[mx.random.state])
-        compiled_end = mx.compile(end, inputs=state, outputs=state)
+    @property
+    def accountant(self) -> Accountant:
+        """How epsilon is computed: ``"pld"`` or ``"rdp"``."""
+        return self._books.accountant
 
-        def run(batch: Batch) -> mx.array:
-            self._refuse_past_plan()
-            losses: mx.array
-            if batch.last:
-                losses = compiled_end(list(batch.data), batch.mask, self._accumulated)
-                self._accumulated = {}
-            else:
-                losses, sums = compiled_piece(list(batch.data), batch.mask)
-                self._accumulated = _add(sums, self._accumulated)
-            return losses
+    @property
+    def planned_steps(self) -> int | None:
+        """Number of steps past which an update is refused."""
+        return self._books.planned_steps
 
-        return run
+    @property
+    def noise_multiplier(self) -> float:
+        """Standard deviation of the next step's noise over its clipping norm."""
+        return self.event.mechanism.noise_multiplier
+
+    @property
+    def max_grad_norm(self) -> float:
+        """Clipping norm of the next step."""
+        return self.event.mechanism.max_grad_norm
+
+    @property
+    def adjacency(self) -> str:
+        """How neighbouring data sets differ."""
+        return self.event.sampling.adjacency
 
     @property
     def steps(self) -> int:
@@ -352,7 +330,8 @@ class PrivacyEngine:
         delta = self.delta if delta is None else delta
         if delta is None:
             raise ValueError("[epsilon] delta must be given, here or to the engine")
-        return compute_epsilon(self.noise_multiplier, self.sample_rate, self.steps, delta, self.accountant)
+        check_delta("epsilon", delta)
+        return self._books.epsilon(self.steps, delta)
 
     def check(self, model: nn.Module, batch: Any, loss_fn: LossFunction, *, rtol: float = 1e-4) -> CheckReport:
         """Compare this model's private gradients with a one-by-one loop, and look for examples that see each other.
@@ -385,66 +364,10 @@ class PrivacyEngine:
         return check(self, model, batch, loss_fn, rtol)
 
     def _release(self, gradients: ClippedGradients) -> dict[str, mx.array] | None:
-        """Take clipped sums; at the end of a logical batch charge the step and return the noised mean."""
-        sums = self._spend(gradients)
-        traced = _is_traced(*sums.values())
-        if not gradients._last:
-            if traced:
-                raise PrivacyError(
-                    "[update] last=False must be outside mx.compile but is inside; engine.compiled_step does both"
-                )
-            self._accumulated = _add(sums, self._accumulated)
-            return None
-        if not traced:  # a compiled end of a batch gets them as an argument
-            sums, self._accumulated = _add(sums, self._accumulated), {}
-        counter = self._charge(blocks_used(sums), traced)
-        noise = self.state["noise"]
-        sigma = self.noise_multiplier * self.max_grad_norm if self.noise_multiplier else 0.0
-        noisy = add_gaussian(sums, sigma, noise["key"], counter)
-        return {path: g / self.expected_batch_size for path, g in noisy.items()}
-
-    def _spend(self, gradients: ClippedGradients) -> dict[str, mx.array]:
-        if gradients._engine is not self:
-            raise PrivacyError("[update] gradients must come from the engine that wraps the optimizer but do not")
-        sums, gradients._sums = gradients._sums, {}
-        if not sums:
-            raise PrivacyError("[update] gradients must be used once but were used before")
-        return sums
-
-    def _charge(self, blocks: int, traced: bool) -> mx.array:
-        """Count one step and reserve its noise blocks; return the counter of the first."""
-        self._refuse_fork()
-        noise = self.state["noise"]
-        counter: mx.array = noise["counter"]
-        if traced and not _is_traced(counter):
-            raise PrivacyError(
-                "[update] engine.state must be among the inputs and outputs of mx.compile but is not: every step would "
-                "get the same noise; see engine.compiled_step"
-            )
-        if not traced:
-            self._refuse_past_plan()
-        noise["counter"] = advance_counter(counter, blocks)
-        self.state["steps"] = self.state["steps"] + 1
-        if not traced:  # the books are closed before the update exists
-            mx.eval(self.state["steps"], noise["counter"])
-        return counter
-
-    def _refuse_past_plan(self) -> None:
-        if self.planned_steps is not None and self.steps >= self.planned_steps:
-            raise PrivacyError(
-                f"[update] steps must stay within the {self.planned_steps} planned ones but the next would be "
-                f"step {self.steps + 1}"
-            )
-
-    def _refuse_fork(self) -> None:
-        if os.getpid() != self._process:
-            raise PrivacyError(
-                "[PrivacyEngine] engine must stay in the process that made it but was carried into a fork, where it "
-                "would repeat the parent's noise"
-            )
+        return release(self, gradients)
 
     def _sampling_words(self, n: int) -> mx.array:
-        self._refuse_fork()
+        self._books.refuse_fork()
         words = random_bits((n,), self.state["noise"]["key"], self._sampling_counter, domain="poisson")
         self._sampling_counter += bit_blocks_used((n,))
         return words
@@ -456,7 +379,7 @@ class PrivacyEngine:
         return (
             f"PrivacyEngine(dataset_size={self.dataset_size}, sample_rate={self.sample_rate:.6g}, "
             f"noise_multiplier={self.noise_multiplier:.6g}, max_grad_norm={self.max_grad_norm:.6g}, "
-            f"clipping={self.clipping!r}, accountant={self.accountant!r}, adjacency={ADJACENCY!r})"
+            f"clipping={self.clipping!r}, accountant={self.accountant!r}, adjacency={self.adjacency!r})"
         )
 
 
@@ -469,16 +392,3 @@ def _sample_rate(dataset_size: int, sample_rate: float | None, batch_size: float
     if rate is None or not 0 < rate <= 1:
         raise ValueError(f"[PrivacyEngine] sample_rate must be in (0, 1] but is {rate}")
     return float(rate)
-
-
-def _add(sums: dict[str, mx.array], accumulated: dict[str, mx.array]) -> dict[str, mx.array]:
-    return {path: s + accumulated[path] for path, s in sums.items()} if accumulated else sums
-
-
-def _is_traced(*arrays: mx.array) -> bool:
-    """Tell whether there are placeholders of mx.compile. Eager arrays start to be computed."""
-    try:
-        mx.async_eval(*arrays)
-    except ValueError:
-        return True
-    return False

@@ -31,7 +31,7 @@ def clipped_sums(
     loss_fn: LossFunction,
     batch: tuple[Any, ...],
     mask: mx.array | None,
-    max_grad_norm: float,
+    max_grad_norm: float | mx.array,
     clipping: ClippingMode,
     plans: dict[Any, list[Planned]],
 ) -> ClippedSums:

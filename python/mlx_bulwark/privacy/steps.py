@@ -1,0 +1,135 @@
+"""One step of an engine: clipped gradients, the charge, the noise, the update; eager and compiled."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..ops.noise import add_gaussian, advance_counter, blocks_used
+from .batches import Batch
+from .gradients import LossFunction, clipped_sums
+from .optimizer import ClippedGradients, PrivateOptimizer
+from .state import is_traced
+from .taps import Planned, PrivacyError
+
+if TYPE_CHECKING:
+    from .engine import PrivacyEngine
+
+LossAndGrad = Callable[..., tuple[mx.array, ClippedGradients]]
+
+
+def private_value_and_grad(engine: "PrivacyEngine", model: nn.Module, loss_fn: LossFunction) -> LossAndGrad:
+    """See `PrivacyEngine.value_and_grad`."""
+    plans: dict[Any, list[Planned]] = {}
+
+    def loss_and_grad(
+        called_model: nn.Module, *batch: Any, mask: mx.array | None = None, last: bool = True
+    ) -> tuple[mx.array, ClippedGradients]:
+        if called_model is not model:
+            raise PrivacyError("[value_and_grad] model must be the one that value_and_grad was given but is another")
+        first: Any = batch[0] if len(batch) == 1 else None
+        if isinstance(first, Batch):
+            batch, mask, last = first.data, first.mask, first.last
+        norm = engine.state["max_grad_norm"]
+        r = clipped_sums(model, loss_fn, batch, mask, norm, engine.clipping, plans)
+        losses = r.losses if mask is None else mx.where(mask, r.losses, 0)
+        return losses, ClippedGradients(engine, r.sums, r.sq_norms, r.num_refused, last)
+
+    return loss_and_grad
+
+
+def release(engine: "PrivacyEngine", gradients: ClippedGradients) -> dict[str, mx.array] | None:
+    """Take clipped sums; at the end of a logical batch charge the step and return the noised mean."""
+    sums = spend(engine, gradients)
+    traced = is_traced(*sums.values())
+    if not gradients._last:
+        if traced:
+            raise PrivacyError(
+                "[update] last=False must be outside mx.compile but is inside; engine.compiled_step does both"
+            )
+        engine._accumulated = add(sums, engine._accumulated)
+        return None
+    if not traced:  # a compiled end of a batch gets them as an argument
+        sums, engine._accumulated = add(sums, engine._accumulated), {}
+    counter = _charge(engine, blocks_used(sums), traced)
+    noisy = _noised(engine, sums, counter)
+    return {path: g / engine.expected_batch_size for path, g in noisy.items()}
+
+
+def spend(engine: "PrivacyEngine", gradients: ClippedGradients) -> dict[str, mx.array]:
+    """Take the sums out of gradients, which can be done once."""
+    if gradients._engine is not engine:
+        raise PrivacyError("[update] gradients must come from the engine that wraps the optimizer but do not")
+    sums, gradients._sums = gradients._sums, {}
+    if not sums:
+        raise PrivacyError("[update] gradients must be used once but were used before")
+    return sums
+
+
+def _charge(engine: "PrivacyEngine", blocks: int, traced: bool) -> mx.array:
+    """Count one step and reserve its noise blocks; return the counter of the first."""
+    noise = engine.state["noise"]
+    counter: mx.array = noise["counter"]
+    if traced and not is_traced(counter):
+        raise PrivacyError(
+            "[update] engine.state must be among the inputs and outputs of mx.compile but is not: every step would "
+            "get the same noise; see engine.compiled_step"
+        )
+    if traced:
+        engine._books.refuse_fork()
+    else:
+        engine._books.admit(engine.steps)
+    noise["counter"] = advance_counter(counter, blocks)
+    engine.state["steps"] = engine.state["steps"] + 1
+    if not traced:  # the books are closed before the update exists
+        mx.eval(engine.state["steps"], noise["counter"])
+    return counter
+
+
+def _noised(engine: "PrivacyEngine", sums: dict[str, mx.array], counter: mx.array) -> dict[str, mx.array]:
+    if engine.event.mechanism.noise_multiplier == 0:
+        return sums
+    noisy: dict[str, mx.array] = add_gaussian(sums, engine.state["noise_std"], engine.state["noise"]["key"], counter)
+    return noisy
+
+
+def add(sums: dict[str, mx.array], accumulated: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Sums of two pieces of a logical batch."""
+    return {path: s + accumulated[path] for path, s in sums.items()} if accumulated else sums
+
+
+def compiled_step(
+    engine: "PrivacyEngine", model: nn.Module, optimizer: PrivateOptimizer, loss_fn: LossFunction
+) -> Callable[[Batch], mx.array]:
+    """See `PrivacyEngine.compiled_step`."""
+    loss_and_grad = private_value_and_grad(engine, model, loss_fn)
+    optimizer.init(model.trainable_parameters())
+    state = [model.state, optimizer.state, engine.state, mx.random.state]
+
+    def piece(data: list[mx.array], mask: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+        losses, gradients = loss_and_grad(model, *data, mask=mask)
+        return losses, spend(engine, gradients)
+
+    def end(data: list[mx.array], mask: mx.array, accumulated: dict[str, mx.array]) -> mx.array:
+        losses, gradients = loss_and_grad(model, *data, mask=mask)
+        gradients._sums = add(gradients._sums, accumulated)
+        optimizer.update(model, gradients)
+        return losses
+
+    # Of the engine's state a piece needs the clipping norm: with the key and the counter it has nothing to do.
+    compiled_piece = mx.compile(piece, inputs=[model.state, engine.state, mx.random.state], outputs=[mx.random.state])
+    compiled_end = mx.compile(end, inputs=state, outputs=state)
+
+    def run(batch: Batch) -> mx.array:
+        engine._books.admit(engine.steps)
+        losses: mx.array
+        if batch.last:
+            losses = compiled_end(list(batch.data), batch.mask, engine._accumulated)
+            engine._accumulated = {}
+        else:
+            losses, sums = compiled_piece(list(batch.data), batch.mask)
+            engine._accumulated = add(sums, engine._accumulated)
+        return losses
+
+    return run
