@@ -15,9 +15,9 @@ from .ops.noise import (
 )
 from .privacy import (
     Batch,
+    Batches,
     CheckReport,
     ClippedGradients,
-    PoissonBatches,
     PrivacyEngine,
     PrivacyError,
     PrivateOptimizer,
@@ -27,11 +27,11 @@ from .privacy import (
 
 __all__ = [
     "Batch",
+    "Batches",
     "CheckReport",
     "ClipFactors",
     "ClippedGradients",
     "ClippedNorms",
-    "PoissonBatches",
     "PrivacyEngine",
     "PrivacyError",
     "PrivateOptimizer",

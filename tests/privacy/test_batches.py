@@ -24,11 +24,11 @@ def drawn(batches):
 def test_every_draw_is_whole_and_in_pieces(backend):
     e = engine()
     ids = np.arange(1000)
-    batches = e.batches(ids, steps=40, physical_batch_size=32)
+    batches = e.batches(ids, steps=40, microbatch_size=32)
     sizes = [(b.data[0].shape, b.mask.shape) for b in batches]
     assert set(sizes) == {((32,), (32,))}
     assert len(batches) == 40
-    logical = drawn(e.batches(ids, steps=40, physical_batch_size=32))
+    logical = drawn(e.batches(ids, steps=40, microbatch_size=32))
     assert len(logical) == 40
     assert max(len(d) for d in logical) > 64
     assert all(len(set(d)) == len(d) for d in logical)
@@ -68,7 +68,7 @@ def test_empty_draws_are_steps(backend):
 
 
 def test_sample_rate_one_takes_all(backend):
-    logical = drawn(engine(10, 10).batches(mx.arange(10), steps=3, physical_batch_size=4))
+    logical = drawn(engine(10, 10).batches(mx.arange(10), steps=3, microbatch_size=4))
     assert logical == [list(range(10))] * 3
 
 
@@ -89,8 +89,8 @@ def test_refused(backend):
         engine().batches((np.zeros(1000), np.zeros(999)), steps=1)
     with pytest.raises(ValueError, match=r"steps must"):
         engine().batches(np.zeros(1000))
-    with pytest.raises(ValueError, match=r"physical_batch_size must"):
-        engine().batches(np.zeros(1000), steps=1, physical_batch_size=-1)
+    with pytest.raises(ValueError, match=r"microbatch_size must"):
+        engine().batches(np.zeros(1000), steps=1, microbatch_size=-1)
     (batch,) = engine().batches(np.zeros(1000), steps=1)
     with pytest.raises(TypeError, match="passed whole"):
         _ = [*batch]

@@ -90,7 +90,7 @@ def test_noise_comes_once_with_accumulation(backend):
     model, x, y = make()
     model.apply(mx.zeros_like)
     e = engine(noise_multiplier=2.0, max_grad_norm=1.0)
-    batches = e.batches((x, y), steps=60, physical_batch_size=3)
+    batches = e.batches((x, y), steps=60, microbatch_size=3)
     noise = moves(e, model, x, y, no_loss, 60, batches).ravel() * 16 / 2.0
     assert e.steps == 60
     assert stats.chi2.cdf((noise**2).sum(), noise.size) == pytest.approx(0.5, abs=0.5 - 5e-6)
@@ -101,7 +101,7 @@ def test_accumulated_pieces_are_the_whole(backend):
     for size in (5, 64):
         model, x, y = make()
         e = engine(batch_size=64, noise_multiplier=0.0, max_grad_norm=0.1)
-        moved.append(moves(e, model, x, y, loss_fn, 2, e.batches((x, y), steps=2, physical_batch_size=size)))
+        moved.append(moves(e, model, x, y, loss_fn, 2, e.batches((x, y), steps=2, microbatch_size=size)))
         assert e.steps == 2
     np.testing.assert_allclose(moved[0], moved[1], atol=1e-6)
 
@@ -151,7 +151,7 @@ def test_a_compiled_step_never_repeats_its_noise(backend):
     optimizer = e.wrap(optim.SGD(1.0))
     step = e.compiled_step(model, optimizer, no_loss)
     seen, before = [], flat(model)
-    for b in e.batches((x, y), physical_batch_size=24):
+    for b in e.batches((x, y), microbatch_size=24):
         mx.eval(step(b), model.state, optimizer.state, e.state)
         if b.last:
             seen.append(before - flat(model))
@@ -172,7 +172,7 @@ def test_compiled_and_eager_steps_agree(backend):
         e = engine(batch_size=64, noise_multiplier=0.0, max_grad_norm=0.5)
         optimizer = e.wrap(optim.Adam(0.01))
         step, f = e.compiled_step(model, optimizer, loss_fn), e.value_and_grad(model, loss_fn)
-        for b in e.batches((x, y), steps=3, physical_batch_size=40):
+        for b in e.batches((x, y), steps=3, microbatch_size=40):
             if compiled:
                 losses = step(b)
             else:
@@ -212,7 +212,7 @@ def test_a_user_compiled_step(backend):
         return losses
 
     compiled = mx.compile(step, inputs=state, outputs=state)
-    for b in e.batches((x, y), steps=4, physical_batch_size=64):
+    for b in e.batches((x, y), steps=4, microbatch_size=64):
         mx.eval(compiled(*b.data, b.mask), state)
     assert e.steps == 4
 
@@ -324,7 +324,7 @@ def test_momentum_and_schedules_pass_through(backend):
     e = engine()
     optimizer = e.wrap(optim.Adam(learning_rate=optim.step_decay(0.1, 0.5, 1)))
     f = e.value_and_grad(model, loss_fn)
-    for b in e.batches((x, y), steps=3, physical_batch_size=64):
+    for b in e.batches((x, y), steps=3, microbatch_size=64):
         optimizer.update(model, f(model, b)[1])
     assert optimizer.learning_rate.item() == pytest.approx(0.1 * 0.5**2)
     assert optimizer.state is optimizer.optimizer.state

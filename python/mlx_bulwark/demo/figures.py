@@ -52,7 +52,7 @@ class Figures:
     max_grad_norm: float | None = None
     clipping: str | None = None
     sample_rate: float | None = None
-    physical_batch_size: int | None = None
+    microbatch_size: int | None = None
     learning_rate: float | None = None
     nonprivate_learning_rate: float | None = None
     parameters: int | None = None

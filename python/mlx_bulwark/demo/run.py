@@ -201,7 +201,7 @@ def _train(engine: PrivacyEngine, options: DemoOptions, split: Split, figures: F
     private_step = _private_step(engine, private, figures.learning_rate, options.steps, record)
     plain_step = _plain_step(engine, plain, options.steps, record)
     batches = engine.batches((split.images, split.labels))
-    figures.physical_batch_size = batches.physical_batch_size
+    figures.microbatch_size = batches.microbatch_size
     stretch = math.ceil(options.steps / POINTS)
 
     def measure() -> None:

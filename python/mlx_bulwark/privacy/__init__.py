@@ -1,7 +1,7 @@
 """Differentially private training."""
 
 from .accounting import compute_epsilon, find_noise_multiplier
-from .batches import Batch, PoissonBatches
+from .batches import Batch, Batches
 from .check import CheckReport
 from .engine import PrivacyEngine
 from .optimizer import ClippedGradients, PrivateOptimizer
@@ -9,9 +9,9 @@ from .taps import PrivacyError
 
 __all__ = [
     "Batch",
+    "Batches",
     "CheckReport",
     "ClippedGradients",
-    "PoissonBatches",
     "PrivacyEngine",
     "PrivacyError",
     "PrivateOptimizer",

@@ -1,12 +1,18 @@
-"""Poisson-sampled batches: every example enters a batch by its own secret coin."""
+"""Physical batches of what a sampling scheme draws: fixed shapes, padded and masked, a unit never split."""
 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import mlx.core as mx
 import numpy as np
+
+from .sampling import DrawWords, FullSampler, Sampler, ShuffleSampler
+
+UnitReduction = Literal["mean", "sum"]
+Augment = Callable[..., Any]
+Rows = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,9 @@ class Batch:
     data: tuple[mx.array, ...]  # arrays [P, ...]
     mask: mx.array  # [P] bool: False in padding rows
     last: bool
+    units: mx.array | None = None  # [P] int32 below P: rows of one unit have one number; None: every row is a unit
+    unit_reduction: UnitReduction = "mean"
+    step: int | None = None  # which step of the engine draws it
 
     def __iter__(self) -> NoReturn:
         raise TypeError(
@@ -28,59 +37,150 @@ class Batch:
         )
 
 
-class PoissonBatches:
-    """Iterates over the physical batches of Poisson-sampled logical batches; ``len`` counts the logical ones.
+class UnitRows:
+    """Which rows of the data belong to which unit, and the choice of at most ``max_rows`` of each.
 
-    Made by `PrivacyEngine.batches`. Which examples take part is as secret as the noise: amplification by sampling
+    Args:
+        units: [rows], ids of any type that numpy can sort; None: every row is a unit.
+        rows: number of rows of the data.
+        max_rows: most rows of one unit in one step; None: all of them, where every row is a unit.
+    """
+
+    def __init__(self, units: Any, rows: int, max_rows: int | None) -> None:
+        if units is None:
+            self.starts, self.rows = np.arange(rows + 1), np.arange(rows)
+            self.max_rows = 1
+            return
+        ids = np.array(units)
+        if ids.shape != (rows,):
+            raise ValueError(f"[batches] units must have shape [{rows}], an id for each row, but has {list(ids.shape)}")
+        if max_rows is None or max_rows < 1:
+            raise ValueError(f"[batches] max_rows_per_unit must be at least 1 where units are given but is {max_rows}")
+        _, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
+        self.starts = np.concatenate([[0], np.cumsum(counts)])
+        self.rows = np.argsort(inverse, kind="stable")
+        self.max_rows = int(max_rows)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def bounded_counts(self) -> Rows:
+        """Rows of each unit in a step, [units]."""
+        return np.minimum(np.diff(self.starts), self.max_rows)
+
+    def choose(self, units: Rows, words: DrawWords) -> tuple[Rows, Rows]:
+        """Rows of these units, at most ``max_rows`` of each and every choice alike, and how many of each."""
+        counts = self.starts[units + 1] - self.starts[units]
+        within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows = self.rows[np.repeat(self.starts[units], counts) + within]
+        if (counts > self.max_rows).any():
+            owner = np.repeat(np.arange(len(units)), counts)
+            # a random order within each unit, of which the first are taken; a tie of 64 bits never happens
+            order = np.lexsort((np.array(words(2 * len(rows))).view(np.uint64), owner))
+            rows = rows[np.sort(order[within < self.max_rows])]
+            counts = np.minimum(counts, self.max_rows)
+        return rows, counts
+
+
+class Batches:
+    """Iterates over the physical batches of sampled logical batches; ``len`` counts the logical ones.
+
+    Made by `PrivacyEngine.batches`. Which units take part may be as secret as the noise: amplification by sampling
     rests on it. The draw comes from the same keyed generator, in a domain of its own.
     """
 
     def __init__(
         self,
         data: tuple[Any, ...],
-        sample_rate: float,
+        rows: UnitRows,
+        sampler: Sampler,
         steps: int,
-        physical_batch_size: int,
-        draw_words: Callable[[int], mx.array],
+        microbatch_size: int,
+        unit_reduction: UnitReduction,
+        augment: Augment | None,
+        multiplicity: int,
+        draw_words: DrawWords,
+        first_step: Callable[[], int],
     ) -> None:
-        self._data, self._steps, self._draw_words = data, steps, draw_words
-        self._size = len(data[0])
-        self._sample_rate = sample_rate
-        self.physical_batch_size = physical_batch_size
+        if microbatch_size < rows.max_rows * multiplicity:
+            raise ValueError(
+                f"[batches] microbatch_size must hold the {rows.max_rows * multiplicity} rows that one unit may have "
+                f"but is {microbatch_size}"
+            )
+        self._data, self._rows, self._sampler, self._steps = data, rows, sampler, steps
+        self._unit_reduction: UnitReduction = unit_reduction
+        self._augment, self._multiplicity = augment, multiplicity
+        self._draw_words, self._first_step = draw_words, first_step
+        self.microbatch_size = microbatch_size
 
     def __len__(self) -> int:
         return self._steps
 
     def __iter__(self) -> Iterator[Batch]:
-        for _ in range(self._steps):
-            chosen = self._draw()
-            pieces = max(1, math.ceil(len(chosen) / self.physical_batch_size))
-            for i in range(pieces):
-                part = chosen[i * self.physical_batch_size : (i + 1) * self.physical_batch_size]
-                yield self._batch(part, i == pieces - 1)
+        first = self._first_step()
+        for step in range(first, first + self._steps):
+            units = self._sampler.draw(step, self._draw_words)
+            rows, counts = self._rows.choose(units, self._draw_words)
+            pieces = pack(counts * self._multiplicity, self.microbatch_size)
+            ends = np.cumsum(counts)
+            for i, (a, b) in enumerate(pieces):
+                mine = rows[ends[a] - counts[a] if a < b else 0 : ends[b - 1] if a < b else 0]
+                yield self._batch(mine, counts[a:b], i == len(pieces) - 1, step)
 
-    def _draw(self) -> np.ndarray[Any, Any]:
-        if self._sample_rate == 1:
-            return np.arange(self._size)
-        words = np.array(self._draw_words(2 * self._size))
-        threshold = np.uint64(int(self._sample_rate * 2.0**64))
-        return np.flatnonzero(words.view(np.uint64) < threshold)
-
-    def _batch(self, chosen: np.ndarray[Any, Any], last: bool) -> Batch:
-        rows = np.zeros(self.physical_batch_size, np.int64)  # padding repeats the first example and is masked
-        rows[: len(chosen)] = chosen
-        mask = mx.array(np.arange(self.physical_batch_size) < len(chosen))
-        return Batch(tuple(_take(a, rows) for a in self._data), mask, last)
-
-
-def default_physical_batch_size(dataset_size: int, sample_rate: float) -> int:
-    """Expected batch size and three standard deviations, in eights: one draw in 700 takes a second physical batch."""
-    mean = dataset_size * sample_rate
-    size = math.ceil(mean + 3 * math.sqrt(mean * (1 - sample_rate)))
-    return min(dataset_size, (size + 7) // 8 * 8)
+    def _batch(self, chosen: Rows, counts: Rows, last: bool, step: int) -> Batch:
+        size, copies = self.microbatch_size, self._multiplicity
+        taken = len(chosen) * copies
+        rows = np.zeros(size, np.int64)  # padding repeats the first example and is masked
+        rows[:taken] = np.repeat(chosen, copies)
+        data = tuple(_take(a, rows) for a in self._data)
+        if self._augment is not None:
+            data = _augmented(self._augment, data, size)
+        units = None
+        if copies > 1 or self._rows.max_rows > 1:
+            # padding is a unit of its own: less than `size` others are there where there is padding
+            ids = np.full(size, size - 1, np.int32)
+            ids[:taken] = np.repeat(np.arange(len(counts)), counts * copies)
+            units = mx.array(ids)
+        return Batch(data, mx.array(np.arange(size) < taken), last, units, self._unit_reduction, step)
 
 
-def _take(a: Any, rows: np.ndarray[Any, Any]) -> mx.array:
+def pack(counts: Rows, capacity: int) -> list[tuple[int, int]]:
+    """Split units, in their order and none in two, into pieces of at most ``capacity`` rows; at least one piece."""
+    ends = np.cumsum(counts)
+    pieces, start = [], 0
+    while start < len(counts):
+        before = ends[start - 1] if start else 0
+        end = int(np.searchsorted(ends, before + capacity, side="right"))
+        pieces.append((start, end))
+        start = end
+    return pieces or [(0, 0)]
+
+
+def default_microbatch_size(rows: UnitRows, sampler: Sampler, multiplicity: int) -> int:
+    """Rows of a step and three standard deviations, in eights: one draw in 700 takes a second physical batch."""
+    counts = rows.bounded_counts * multiplicity
+    if isinstance(sampler, FullSampler):
+        return int(counts.sum())
+    if isinstance(sampler, ShuffleSampler):
+        largest = np.sort(counts)[-sampler.batch_size :]
+        return int(largest.sum())
+    rate = sampler.rate
+    size: int = math.ceil(rate * counts.sum() + 3 * math.sqrt(rate * (1 - rate) * (counts**2).sum()))
+    return int(max(min(counts.sum(), (size + 7) // 8 * 8), rows.max_rows * multiplicity))
+
+
+def _augmented(augment: Augment, data: tuple[mx.array, ...], size: int) -> tuple[mx.array, ...]:
+    result = augment(*data)
+    arrays = tuple(result) if isinstance(result, (tuple, list)) else (result,)
+    for i, a in enumerate(arrays):
+        if not isinstance(a, mx.array) or a.ndim == 0 or a.shape[0] != size:
+            has = f"shape {list(a.shape)}" if isinstance(a, mx.array) else f"type {type(a).__name__}"
+            raise ValueError(f"[batches] augment must return arrays of {size} rows but result {i} has {has}")
+    return arrays
+
+
+def _take(a: Any, rows: Rows) -> mx.array:
     if isinstance(a, mx.array):
         return mx.take(a, mx.array(rows), axis=0)
     return mx.array(np.ascontiguousarray(a[rows]))

@@ -10,12 +10,13 @@ import mlx.optimizers as optim
 
 from ..ops.noise import bit_blocks_used, random_bits
 from .accounting import check_delta, find_noise_multiplier
-from .batches import Batch, PoissonBatches, default_physical_batch_size
+from .batches import Batch, Batches, UnitRows, default_microbatch_size
 from .books import Books
 from .check import CheckReport, check
 from .events import Accountant, Event, Gaussian, Poisson, Run
 from .gradients import ClippingMode, LossFunction
 from .optimizer import ClippedGradients, PrivateOptimizer
+from .sampling import PoissonSampler
 from .state import new_state
 from .steps import LossAndGrad, compiled_step, private_value_and_grad, release
 
@@ -196,17 +197,17 @@ class PrivacyEngine:
         """
         return PrivateOptimizer(self, optimizer)
 
-    def batches(self, data: Any, *, steps: int | None = None, physical_batch_size: int | None = None) -> PoissonBatches:
+    def batches(self, data: Any, *, steps: int | None = None, microbatch_size: int | None = None) -> Batches:
         """Poisson-sampled batches of a data set.
 
         Every example enters each logical batch independently with probability ``sample_rate``; a batch may be empty,
-        and is then a step of pure noise. Each is padded and masked to ``physical_batch_size``, so that a compiled step
+        and is then a step of pure noise. Each is padded and masked to ``microbatch_size``, so that a compiled step
         compiles once; a larger draw comes in several physical batches, and no example is ever dropped.
 
         Args:
             data: an array or a tuple of arrays (numpy or mlx) with ``dataset_size`` rows each.
             steps: number of logical batches; default: the planned steps that remain.
-            physical_batch_size: rows of a physical batch; default: expected size plus three standard deviations.
+            microbatch_size: rows of a physical batch; default: expected size plus three standard deviations.
 
         Returns:
             An iterable of `Batch`, whose ``len`` is the number of logical batches.
@@ -217,7 +218,7 @@ class PrivacyEngine:
         Example:
             >>> import numpy as np, mlx_bulwark as bw
             >>> engine = bw.PrivacyEngine(100, batch_size=10, noise_multiplier=1.0, max_grad_norm=1.0)
-            >>> batches = engine.batches((np.zeros((100, 4)), np.zeros(100)), steps=3, physical_batch_size=32)
+            >>> batches = engine.batches((np.zeros((100, 4)), np.zeros(100)), steps=3, microbatch_size=32)
             >>> sum(batch.last for batch in batches)
             3
 
@@ -232,10 +233,11 @@ class PrivacyEngine:
             steps = self.planned_steps - self.steps
         if steps is None or steps < 0:
             raise ValueError(f"[batches] steps must be a number of logical batches but is {steps}")
-        size = physical_batch_size or default_physical_batch_size(self.dataset_size, self.sample_rate)
+        rows, sampler = UnitRows(None, self.dataset_size, None), PoissonSampler(self.dataset_size, self.sample_rate)
+        size = microbatch_size or default_microbatch_size(rows, sampler, 1)
         if size < 1:
-            raise ValueError(f"[batches] physical_batch_size must be at least 1 but is {physical_batch_size}")
-        return PoissonBatches(arrays, self.sample_rate, steps, size, self._sampling_words)
+            raise ValueError(f"[batches] microbatch_size must be at least 1 but is {microbatch_size}")
+        return Batches(arrays, rows, sampler, steps, size, "mean", None, 1, self._sampling_words, lambda: self.steps)
 
     def compiled_step(
         self, model: nn.Module, optimizer: PrivateOptimizer, loss_fn: LossFunction

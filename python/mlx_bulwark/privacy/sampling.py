@@ -1,0 +1,138 @@
+"""Which units take part in a step: one sampler for each scheme that is accounted."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..ops.noise import bit_blocks_used, random_bits, random_key
+
+Units = np.ndarray[Any, np.dtype[np.int64]]
+DrawWords = Callable[[int], mx.array]  # n -> n secret words that nobody else gets
+
+
+@dataclass(frozen=True)
+class PoissonSampler:
+    """Every unit by its own coin of probability ``rate``. The coins are secret: amplification rests on them."""
+
+    size: int
+    rate: float
+
+    def draw(self, step: int, words: DrawWords) -> Units:
+        """Units of a step; the step does not matter."""
+        return coins(np.arange(self.size), self.rate, words)
+
+
+@dataclass(frozen=True)
+class CyclicPoissonSampler:
+    """A fixed random partition into ``cycle_length`` groups; step t tosses coins in group t mod ``cycle_length``.
+
+    A unit chooses its group by itself, so that one unit more or less moves no other. The guarantee holds for any fixed
+    partition: its seed is no secret, and a resumed run keeps it, or a unit could take part more often than accounted.
+    """
+
+    size: int
+    rate: float
+    cycle_length: int
+    seed: mx.array = field(default_factory=random_key, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.cycle_length < 1 or int(self.cycle_length) != self.cycle_length:
+            raise ValueError(f"[PrivacyEngine] cycle_length must be a positive whole number but is {self.cycle_length}")
+        if self.rate * self.cycle_length > 1 + 1e-9:
+            raise ValueError(
+                f"[PrivacyEngine] cycle_length must be at most 1 / sample_rate = {1 / self.rate:.6g} but is "
+                f"{self.cycle_length}: a group would be too small for a batch"
+            )
+
+    @property
+    def group_rate(self) -> float:
+        """Probability with which a unit of the group takes part."""
+        return min(1.0, self.rate * self.cycle_length)
+
+    @functools.cached_property
+    def groups(self) -> Units:
+        """Group of every unit, [size]."""
+        # 64 bits modulo the number of groups are uniform to within cycle_length / 2^64
+        words = _uint64(random_bits((2 * self.size,), self.seed, 0, domain="poisson"))
+        groups: Units = (words % np.uint64(self.cycle_length)).astype(np.int64)
+        return groups
+
+    def draw(self, step: int, words: DrawWords) -> Units:
+        """Units of a step."""
+        return coins(np.flatnonzero(self.groups == step % self.cycle_length), self.group_rate, words)
+
+
+@dataclass(frozen=True)
+class ShuffleSampler:
+    """A random permutation for every epoch, in batches of fixed size; the last of an epoch may be smaller.
+
+    No amplification is claimed for the order, so its seed is no secret, and a resumed run keeps it: it goes on within
+    the epoch, and no unit is seen twice there.
+    """
+
+    size: int
+    batch_size: int
+    seed: mx.array = field(default_factory=random_key, repr=False, compare=False)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which every unit takes part exactly once."""
+        return math.ceil(self.size / self.batch_size)
+
+    def draw(self, step: int, words: DrawWords) -> Units:
+        """Units of a step."""
+        epoch, i = divmod(step, self.steps_per_epoch)
+        return self._order(epoch)[i * self.batch_size : (i + 1) * self.batch_size]
+
+    @functools.cached_property
+    def _last_order(self) -> dict[int, Units]:
+        return {}
+
+    def _order(self, epoch: int) -> Units:
+        if epoch not in self._last_order:
+            counter = epoch * bit_blocks_used(2 * self.size)
+            # sorting 64-bit words: a tie, which would favour the lower unit, has probability size^2 / 2^65
+            words = _uint64(random_bits((2 * self.size,), self.seed, counter, domain="poisson"))
+            self._last_order.clear()
+            self._last_order[epoch] = np.argsort(words, kind="stable")
+        return self._last_order[epoch]
+
+
+@dataclass(frozen=True)
+class FullSampler:
+    """All units in every step."""
+
+    size: int
+
+    def draw(self, step: int, words: DrawWords) -> Units:
+        """All units."""
+        return np.arange(self.size)
+
+
+Sampler = PoissonSampler | CyclicPoissonSampler | ShuffleSampler | FullSampler
+
+
+def coins(units: Units, rate: float, words: DrawWords) -> Units:
+    """Those of the units whose coin of probability ``rate`` fell."""
+    if rate == 1:
+        return units
+    heads = _uint64(words(2 * len(units))) < np.uint64(int(rate * 2.0**64))
+    drawn: Units = units[heads]
+    return drawn
+
+
+def choose(count: int, k: int, words: DrawWords) -> Units:
+    """k of ``count`` things, every choice alike, in ascending order; all of them where there are no more."""
+    if count <= k:
+        return np.arange(count)
+    order: Units = np.argsort(_uint64(words(2 * count)), kind="stable")
+    return np.sort(order[:k])
+
+
+def _uint64(words: mx.array) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    return np.array(words).view(np.uint64)
