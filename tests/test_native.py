@@ -163,6 +163,16 @@ def test_gpu_streams_run_the_reference_unless_they_are_metal():
     assert _native.runs_native(mx.Device(mx.gpu, 0)) == mx.metal.is_available()
 
 
+def test_backend_tells_of_a_default_device_that_the_extension_does_not_run_on(monkeypatch):
+    _native.use("native")
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    assert bw.backend().name == "reference"
+    assert bw.backend().reason.endswith("but the default device is Device(gpu, 0)")
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    assert bw.backend() == ("native", "the extension is loaded")
+
+
 def test_simulator_is_an_order_to_tests_only(copy):
     done = python("import mlx_bulwark", copy.package.parent, BULWARK_BACKEND="metal-sim")
     assert done.returncode == 1

@@ -3,9 +3,10 @@
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 try:
     import mlx.core as mx
@@ -34,8 +35,17 @@ class Backend(NamedTuple):
     reason: str
 
 
+class Simulator(Protocol):
+    """What runs the Metal kernels under the backend ``metal-sim``."""
+
+    reports: list[str]
+
+    def __call__(self, extension: Any) -> None:
+        """Get ready; called with the extension whenever that backend is chosen."""
+
+
 _references: dict[str, ReferenceFunction] = {}
-_simulator: Callable[[Any], None] | None = None
+_simulator: Simulator | None = None
 _loaded = False
 _state = Backend("reference", "not chosen yet")
 
@@ -44,15 +54,20 @@ def backend() -> Backend:
     """Tell which backend runs the ops, and why.
 
     Returns:
-        Backend: ``name`` is ``"native"`` or ``"reference"``, ``reason`` says why. The environment variable
-        ``BULWARK_BACKEND`` (``auto``, ``native``, ``reference``) chooses at import.
+        Backend: ``name`` is ``"native"`` or ``"reference"``, of ops on MLX's default device; ``reason`` says why. The
+        environment variable ``BULWARK_BACKEND`` (``auto``, ``native``, ``reference``) chooses at import.
 
     Example:
         >>> import mlx_bulwark as bw
         >>> bw.backend().name in ("native", "reference")
         True
     """
-    return _state
+    if _state.name == "reference" or runs_native(None):
+        return _state
+    return Backend(
+        "reference",
+        f"the extension is loaded and runs on the CPU and on Metal, but the default device is {mx.default_device()}",
+    )
 
 
 def _load() -> str | None:
@@ -123,10 +138,28 @@ def use(name: str) -> None:
     )
 
 
-def connect(simulator: Callable[[Any], None]) -> None:
-    """Give the backend ``metal-sim`` its simulator: it is called with the extension whenever that backend is chosen."""
+@contextmanager
+def using(name: str) -> Iterator[None]:
+    """Choose the backend of the ops that are built inside."""
+    global _state
+    before = _state
+    try:
+        use(name)
+        yield
+    finally:
+        use(before.name)
+        _state = before
+
+
+def connect(simulator: Simulator) -> None:
+    """Give the backend ``metal-sim`` its simulator."""
     global _simulator
     _simulator = simulator
+
+
+def simulator() -> Simulator | None:
+    """The simulator that is connected."""
+    return _simulator
 
 
 def use_from_environment() -> None:

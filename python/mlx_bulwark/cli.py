@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import typer
 
     from .demo import DemoOptions, Figures
+    from .doctor import Report
 
 INTERRUPTED = 130  # as shells count: 128 + SIGINT
 
@@ -20,6 +21,12 @@ The same model is trained without privacy beside it, on the same batches. Then: 
 that was spent, what privacy costs a step, and a picture. Ctrl-C ends it early with the figures so far.
 
 Exit codes: 0 done, 1 a package is missing or a file cannot be written, 2 an option cannot be used, 130 interrupted."""
+
+DOCTOR_HELP = """Look at this installation, and run every kernel on this machine against its plain-MLX reference.
+
+Kernels run on the CPU, on the GPU where there is Metal, and in the Metal simulator if its folder is given.
+
+Exit codes: 0 all that ran is right, 1 something is off, 2 an option cannot be used."""
 
 
 def main() -> None:
@@ -97,7 +104,60 @@ def _app() -> "typer.Typer":
             code = INTERRUPTED
         sys.exit(code)
 
+    @app.command(help=DOCTOR_HELP)
+    def doctor(
+        json: Annotated[bool, typer.Option("--json", help="Print the report as JSON and nothing else.")] = False,
+        simulator: Annotated[
+            Path | None,
+            typer.Option(
+                metavar="DIR",
+                help="Folder tests/msl of a checkout: run the Metal kernels there too.",
+                show_default=False,
+            ),
+        ] = None,
+    ) -> None:
+        from .doctor import examine
+
+        if simulator is not None and not (simulator / "bridge.py").is_file():
+            _fail(f"--simulator must be the folder tests/msl of a checkout but is {simulator}", code=2)
+        report = examine(simulator=simulator)
+        if json:
+            print(report.to_json())
+        else:
+            _tell(report)
+        sys.exit(not report.ok)
+
     return app
+
+
+def _tell(report: "Report") -> None:
+    """Print what the doctor found."""
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    about = Table.grid(padding=(0, 2))
+    for line in report.summary():
+        about.add_row(*line)
+    console.print(about)
+    console.print()
+    if not report.checks:
+        console.print("No kernel was run: the plain-MLX reference runs all ops.")
+        return
+    console.print(_line("op", "backend", "worst case", "error", "at most", ""), style="bold")
+    for c in report.checks:
+        error, tolerance = ("" if x is None else f"{x:.1e}" if x else "0" for x in (c.error, c.tolerance))
+        words = _line(c.op, f"{c.backend}, {c.device.upper()}", c.case or "", error, tolerance, "ok" if c.ok else "OFF")
+        console.print(words, style=None if c.ok else "red", soft_wrap=True)
+        if c.message:
+            console.print(Padding(c.message, (0, 0, 0, 4)))
+    off, count = sum(not c.ok for c in report.checks), len(report.checks)
+    console.print(f"\n{off} of {count} checks are off." if off else f"\nAll {count} checks are ok.")
+
+
+def _line(op: str, backend: str, case: str, error: str, tolerance: str, verdict: str) -> str:
+    return f"{op:<18}{backend:<18}{case:<20}{error:>8} {tolerance:>8}  {verdict}"
 
 
 def _demo(options: "DemoOptions") -> int:
