@@ -1,5 +1,7 @@
 import os
+import sys
 
+import mlx.core as mx
 import msl
 import msl.bridge
 import pytest
@@ -27,15 +29,34 @@ def use_simulator():
     _native.use("metal-sim")
 
 
-@pytest.fixture(params=os.environ.get("BULWARK_TEST_BACKENDS", "native,reference,metal-sim").split(","))
+BACKENDS = "native,reference,metal-sim" + (",metal" if sys.platform == "darwin" else "")
+
+
+def pytest_sessionstart():
+    if os.environ.get("BULWARK_EXPECT_METAL") == "1" and not mx.metal.is_available():
+        pytest.exit("BULWARK_EXPECT_METAL is 1 but MLX has no Metal device on this machine", returncode=1)
+
+
+@pytest.fixture(params=os.environ.get("BULWARK_TEST_BACKENDS", BACKENDS).split(","))
 def backend(request):
-    """Run the test once on every backend; ops that are built inside belong to it."""
+    """Run the test once on every backend; ops that are built inside belong to it.
+
+    ``metal`` is the extension on the GPU, ``native`` and ``reference`` are on the CPU.
+    """
+    device = mx.default_device()
     if request.param == "metal-sim":
         use_simulator()
+    elif request.param == "metal":
+        if not mx.metal.is_available():
+            pytest.skip("MLX has no Metal device on this machine")
+        mx.set_default_device(mx.gpu)
+        _native.use("native")
     else:
+        mx.set_default_device(mx.cpu)
         _native.use(request.param)
     yield request.param
     reports = SIMULATOR.reports if request.param == "metal-sim" else []
+    mx.set_default_device(device)
     _native.use_from_environment()
     assert not reports, "\n".join(reports)
 
