@@ -1,6 +1,6 @@
 """From a model and a per-example loss to clipped, not yet noised gradient sums."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -10,8 +10,9 @@ from mlx.utils import tree_flatten, tree_map
 
 from ..ops.clip import clip_factors, clipped_sum, sample_sq_norms
 from .per_sample import PerSample, Tapped
-from .rules import has_rule, per_sample
-from .taps import Call, Planned, PrivacyError, Site, Trace, find_sites, named_arrays, tapped
+from .refusals import refuse
+from .rules import per_sample, rule_of
+from .taps import Call, Planned, PrivacyError, ShapeAndDtype, Site, Trace, find_sites, named_arrays, tapped
 
 LossFunction = Callable[..., mx.array]
 ClippingMode = Literal["flat", "automatic"]
@@ -36,7 +37,8 @@ def clipped_sums(
     plans: dict[Any, list[Planned]],
 ) -> ClippedSums:
     """Book-keeping (Bu et al. 2022): one backward pass to the layers' outputs, norms, factors, weighted sums."""
-    sites = find_sites(model, has_rule)
+    refuse(model)
+    sites = find_sites(model, rule_of)
     if not sites:
         raise PrivacyError("[value_and_grad] model must have trainable parameters but has none")
     batch = to_mlx(batch)
@@ -89,22 +91,26 @@ def _backward(
 ) -> tuple[mx.array, list[tuple[Site, PerSample]]]:
     # broadcast from one zero: the probes take no memory
     probes = [[mx.broadcast_to(mx.zeros((), t), shape) for shape, t in c.outputs] for c in plan]
+    inner = [{k: mx.broadcast_to(mx.zeros((), t), shape) for k, (shape, t) in c.inner.items()} for c in plan]
     traces: list[Trace] = []
 
-    def total(probes: list[list[mx.array]]) -> tuple[mx.array, mx.array, list[list[mx.array]]]:
-        trace = Trace(plan, probes)
+    def total(probes: Any, inner: Any) -> tuple[mx.array, mx.array, list[tuple[list[mx.array], dict[str, mx.array]]]]:
+        trace = Trace(plan, probes, inner)
         traces.append(trace)
         with tapped(sites, trace):
             losses = per_example(loss_fn(model, *batch), B)
         if len(trace.calls) != len(plan):
             raise PrivacyError("[value_and_grad] loss_fn must call the same layers in every forward pass but did not")
-        return losses.sum(), losses, [c.inputs for c in trace.calls]
+        return losses.sum(), losses, [(c.inputs, c.recorded) for c in trace.calls]
 
-    (_, losses, inputs), gradients = mx.value_and_grad(total)(probes)
+    (_, losses, tapes), (dys, dinner) = mx.value_and_grad(total, argnums=(0, 1))(probes, inner)
     by_site: dict[int, list[Tapped]] = {id(s): [] for s in sites}
-    for call, planned, x, dy in zip(traces[-1].calls, plan, inputs, gradients, strict=True):
-        x = [mx.broadcast_to(a, (B, *a.shape)) for a in x] if planned.broadcast else x
-        by_site[id(call.site)].append(Tapped(call, planned, x, dy))
+    for call, planned, (x, recorded), dy, di in zip(traces[-1].calls, plan, tapes, dys, dinner, strict=True):
+        if planned.broadcast:
+            x = [mx.broadcast_to(a, (B, *a.shape)) for a in x]
+            if not planned.inner:  # a probe inside has given them the batch axis
+                recorded = {k: mx.broadcast_to(a, (B, *a.shape)) for k, a in recorded.items()}
+        by_site[id(call.site)].append(Tapped(call, planned, x, dy, recorded, di))
     return losses, [(s, per_sample(s, by_site[id(s)])) for s in sites if by_site[id(s)]]
 
 
@@ -123,7 +129,7 @@ def _plan(
     """
     key = (
         tuple((k, a.shape, a.dtype) if isinstance(a, mx.array) else (k, a) for k, a in list(tree_flatten(batch))),
-        tuple((s.path, s.has_rule, s.module.training, *(slot.path for slot in s.slots)) for s in sites),
+        tuple((s.path, s.cls, s.module.training, *(slot.path for slot in s.slots)) for s in sites),
     )
     if key not in plans:
         plan = _dry_run(model, sites, loss_fn, batch, B)
@@ -135,14 +141,14 @@ def _plan(
             raise PrivacyError(
                 f"[value_and_grad] model and loss_fn must work at any batch size but failed with one more example: {e}"
             ) from e
-        if [c.site.path for c in plan] != [c.site.path for c in larger]:
+        if [(c.site.path, c.method) for c in plan] != [(c.site.path, c.method) for c in larger]:
             raise PrivacyError("[value_and_grad] loss_fn must call the same layers at every batch size but does not")
         plans[key] = [_compare(a, b, B) for a, b in zip(plan, larger, strict=True)]
     return plans[key]
 
 
 def _dry_run(model: nn.Module, sites: list[Site], loss_fn: LossFunction, batch: Any, B: int) -> list[Call]:
-    trace = Trace(None, [])
+    trace = Trace(None, [], [])
     with tapped(sites, trace):
         per_example(loss_fn(model, *batch), B)
     return trace.calls
@@ -158,17 +164,22 @@ def _one_more(batch: Any, B: int) -> Any:
 
 
 def _compare(a: Call, b: Call, B: int) -> Planned:
-    path, outputs = a.site.path, [(y.shape, y.dtype) for y in a.outputs]
+    outputs = [(y.shape, y.dtype) for y in a.outputs]
     batched = [_grows(x, y, B) for x, y in zip(a.inputs, b.inputs, strict=True)]
     if all(x.shape == y.shape for x, y in zip(a.inputs + a.outputs, b.inputs + b.outputs, strict=True)):
-        return Planned(path, [((B, *shape), t) for shape, t in outputs], batched, True)
+        outputs, inner = _with_batch(outputs, B), dict(zip(a.inner, _with_batch(a.inner.values(), B), strict=True))
+        return Planned(a.site.path, a.method, outputs, inner, batched, True)
     if not batched or not batched[0] or not all(_grows(x, y, B) for x, y in zip(a.outputs, b.outputs, strict=True)):
         raise PrivacyError(
             f"[value_and_grad] {a.site.label} must see the batch as its first axis, {B} rows, but has input shape "
             f"{a.inputs[0].shape if a.inputs else ()} and output shape {a.outputs[0].shape}; "
             "keep [batch, ...] and do not fold other axes into it"
         )
-    return Planned(path, outputs, batched, False)
+    return Planned(a.site.path, a.method, outputs, a.inner, batched, False)
+
+
+def _with_batch(shapes: Iterable[ShapeAndDtype], B: int) -> list[ShapeAndDtype]:
+    return [((B, *shape), dtype) for shape, dtype in shapes]
 
 
 def _grows(x: mx.array, y: mx.array, B: int) -> bool:

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 
-from .taps import Call, Planned, Site
+from .taps import Call, Planned
 
 WeightedSums = Callable[[mx.array], dict[str, mx.array]]
 
@@ -27,6 +28,8 @@ class Tapped:
     planned: Planned
     inputs: list[mx.array]
     gradients: list[mx.array]
+    recorded: dict[str, mx.array]
+    inner: dict[str, mx.array]  # gradients of the probes inside the layer
 
     @property
     def x(self) -> mx.array:
@@ -38,8 +41,10 @@ class Tapped:
         """The gradient of the layer's one output."""
         return self.gradients[0]
 
-
-PerSampleRule = Callable[[Site, list[Tapped]], PerSample]
+    def named(self, *names: str) -> list[Any]:
+        """Arguments of the call, whose signature has these names; None where the call has none."""
+        args, kwargs = self.call.arguments(self.inputs)
+        return [args[i] if i < len(args) else kwargs.get(name) for i, name in enumerate(names)]
 
 
 def combine(results: Iterable[PerSample]) -> PerSample:

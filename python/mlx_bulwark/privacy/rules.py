@@ -2,39 +2,58 @@
 
 import mlx.nn as nn
 
-from .per_sample import PerSample, PerSampleRule, Tapped
-from .rules_convolutions import convolution
+from .per_sample import PerSample, Tapped
+from .rules_activations import prelu
+from .rules_convolutions import convolution, transposed_convolution
 from .rules_embeddings import embedding
 from .rules_generic import generic
+from .rules_lora import dora_embedding, dora_linear, lora_embedding, lora_linear
 from .rules_norms import affine
-from .rules_products import linear
-from .taps import Site
+from .rules_products import bilinear, linear
+from .rules_quantized import quantized_linear
+from .rules_recurrent import gate_biases, gru, lstm, rnn
+from .taps import Rule, Site
+
+LOOKUP = ("__call__", "as_linear")
+
+# By name: a model that has layers of mlx-lm has imported it, and no other model should.
+RULES = {
+    "mlx.nn.layers.linear.Linear": Rule(linear),
+    "mlx.nn.layers.linear.Bilinear": Rule(bilinear),
+    "mlx.nn.layers.convolution.Conv1d": Rule(convolution),
+    "mlx.nn.layers.convolution.Conv2d": Rule(convolution),
+    "mlx.nn.layers.convolution.Conv3d": Rule(convolution),
+    "mlx.nn.layers.convolution_transpose.ConvTranspose1d": Rule(transposed_convolution),
+    "mlx.nn.layers.convolution_transpose.ConvTranspose2d": Rule(transposed_convolution),
+    "mlx.nn.layers.convolution_transpose.ConvTranspose3d": Rule(transposed_convolution),
+    "mlx.nn.layers.embedding.Embedding": Rule(embedding, LOOKUP),
+    "mlx.nn.layers.normalization.LayerNorm": Rule(affine),
+    "mlx.nn.layers.normalization.RMSNorm": Rule(affine),
+    "mlx.nn.layers.normalization.GroupNorm": Rule(affine),
+    "mlx.nn.layers.normalization.InstanceNorm": Rule(affine),
+    "mlx.nn.layers.activations.PReLU": Rule(prelu),
+    "mlx.nn.layers.recurrent.RNN": Rule(rnn, needs_outputs=True, expanded=gate_biases),
+    "mlx.nn.layers.recurrent.GRU": Rule(gru, needs_outputs=True, expanded=gate_biases),
+    "mlx.nn.layers.recurrent.LSTM": Rule(lstm, needs_outputs=True, expanded=gate_biases),
+    "mlx.nn.layers.quantized.QuantizedLinear": Rule(quantized_linear),
+    "mlx_lm.tuner.lora.LoRALinear": Rule(lora_linear, recorded=("dropout",)),
+    "mlx_lm.tuner.lora.LoRAEmbedding": Rule(lora_embedding, LOOKUP, recorded=("dropout",), probed=("dropout",)),
+    "mlx_lm.tuner.dora.DoRALinear": Rule(dora_linear, recorded=("dropout",)),
+    "mlx_lm.tuner.dora.DoRAEmbedding": Rule(dora_embedding, LOOKUP, recorded=("dropout",), probed=("dropout",)),
+}
 
 
-def has_rule(module: nn.Module) -> bool:
-    """Tell whether a rule computes this layer: its type, or a subclass that calls it unchanged."""
-    return _rule_of(type(module)) is not None
+def rule_of(module: nn.Module) -> Rule | None:
+    """Rule of this layer: that of its type, or of a base whose methods it calls unchanged."""
+    cls = type(module)
+    for base in cls.__mro__:
+        rule = RULES.get(f"{base.__module__}.{base.__qualname__}")
+        if rule:
+            return rule if all(getattr(cls, m) is getattr(base, m) for m in rule.methods) else None
+    return None
 
 
 def per_sample(site: Site, calls: list[Tapped]) -> PerSample:
     """Per-sample gradients of one layer over all its calls."""
-    rule = _rule_of(site.cls) if site.has_rule else None
-    return rule(site, calls) if rule else generic(site, calls)
-
-
-def _rule_of(cls: type[nn.Module]) -> PerSampleRule | None:
-    for base, rule in RULES.items():
-        if issubclass(cls, base) and cls.__call__ is base.__call__:
-            return rule
-    return None
-
-
-RULES: dict[type[nn.Module], PerSampleRule] = {
-    nn.Linear: linear,
-    nn.Conv1d: convolution,
-    nn.Conv2d: convolution,
-    nn.Embedding: embedding,
-    nn.LayerNorm: affine,
-    nn.RMSNorm: affine,
-    nn.GroupNorm: affine,
-}
+    result: PerSample = site.rule.per_sample(site, calls) if site.rule else generic(site, calls)
+    return result

@@ -28,6 +28,9 @@ def _without_affine(module: Any, cls: type[nn.Module], x: mx.array) -> mx.array:
         return mx.fast.layer_norm(x, None, None, module.eps)
     if issubclass(cls, nn.RMSNorm):
         return mx.fast.rms_norm(x, None, module.eps)
+    if issubclass(cls, nn.InstanceNorm):
+        by_instance: mx.array = nn.InstanceNorm(module.dims, module.eps)(x)
+        return by_instance
     plain: Any = nn.GroupNorm(module.num_groups, module.dims, module.eps, False, module.pytorch_compatible)
     normalised: mx.array = plain(x)
     return normalised

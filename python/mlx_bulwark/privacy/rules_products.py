@@ -24,6 +24,24 @@ def linear(site: Site, calls: list[Tapped]) -> PerSample:
     return combine(results)
 
 
+def bilinear(site: Site, calls: list[Tapped]) -> PerSample:
+    """y_p = x2^T W_p x1 + bias_p: a matrix product of x2 x1^T."""
+    D = join([rows(c.dy) for c in calls], 1)
+    results = []
+    if "bias" in site.params:
+        results.append(bias("bias", D))
+    if "weight" in site.params:
+        U = join([_outer(*c.named("x1", "x2")) for c in calls], 1)
+        results.append(product("weight", site.params["weight"].shape, U[:, None], D[:, None]))
+    return combine(results)
+
+
+def _outer(x1: mx.array, x2: mx.array) -> mx.array:
+    x2 = mx.broadcast_to(x2, (*x1.shape[:-1], x2.shape[-1]))
+    outer = rows(x2)[..., :, None] * rows(x1)[..., None, :]
+    return outer.reshape(*outer.shape[:2], -1)
+
+
 def bias(name: str, D: mx.array) -> PerSample:
     """Gradient of what is added at every row: D [B, T, p] summed over the rows."""
     return PerSample({name: D.sum(axis=1) if D.shape[1] > 1 else D[:, 0]})
@@ -36,12 +54,17 @@ def product(name: str, shape: tuple[int, ...], U: mx.array, D: mx.array) -> PerS
         return PerSample({name: (D.swapaxes(2, 3) @ U).reshape(D.shape[0], *shape)})
 
     def weighted_sums(factors: mx.array) -> dict[str, mx.array]:
-        u, g = keep(factors, U), scale(factors, D)
-        u = u.swapaxes(0, 1).reshape(U.shape[1], -1, d)
-        g = g.swapaxes(0, 1).reshape(U.shape[1], -1, p)
-        return {name: (g.swapaxes(1, 2) @ u).reshape(shape)}
+        return {name: product_sum(shape, U, D, factors)}
 
     return PerSample(sq_norms=product_sq_norms(U, D), weighted_sums=weighted_sums)
+
+
+def product_sum(shape: tuple[int, ...], U: mx.array, D: mx.array, factors: mx.array) -> mx.array:
+    """Sum of D^T U over the batch, each times its factor."""
+    G, d, p = U.shape[1], U.shape[3], D.shape[3]
+    u = keep(factors, U).swapaxes(0, 1).reshape(G, -1, d)
+    g = scale(factors, D).swapaxes(0, 1).reshape(G, -1, p)
+    return (g.swapaxes(1, 2) @ u).reshape(shape)
 
 
 def product_sq_norms(U: mx.array, D: mx.array) -> mx.array:

@@ -8,8 +8,8 @@ Between the calls the layer's trainable parameters are hidden behind a `Hidden`,
 gradient the tap would not see, is an error rather than a silent gap in the guarantee.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, cast
 
@@ -59,6 +59,21 @@ class Slot:
     array: mx.array
 
 
+ShapeAndDtype = tuple[tuple[int, ...], mx.Dtype]
+
+
+class Rule(NamedTuple):
+    """How a type of layer is tapped, and how its per-sample gradients come from what was tapped."""
+
+    per_sample: Callable[..., Any]  # (Site, list[Tapped]) -> PerSample
+    methods: tuple[str, ...] = ("__call__",)  # what the model may call
+    needs_outputs: bool = False
+    recorded: tuple[str, ...] = ()  # children whose outputs are recorded
+    probed: tuple[str, ...] = ()  # children whose input gets a probe too
+    # (layer, inputs) -> biases that are run with a probe for each row of the batch, and the probes' shapes
+    expanded: Callable[[Any, list[mx.array]], dict[str, tuple[int, ...]]] | None = None
+
+
 @dataclass
 class Site:
     """One tapped layer."""
@@ -67,7 +82,12 @@ class Site:
     module: nn.Module
     cls: type[nn.Module]
     slots: list[Slot]
-    has_rule: bool
+    rule: Rule | None
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods that are tapped."""
+        return self.rule.methods if self.rule else ("__call__",)
 
     @property
     def params(self) -> dict[str, mx.array]:
@@ -84,15 +104,27 @@ class Site:
         for s in self.slots:
             s.container[s.key] = Hidden(s.path, s.array)
 
-    def run(self, params: dict[str, mx.array], args: Any, kwargs: Any) -> Any:
-        """Call the layer as it is without a tap, with these parameters."""
+    def run(
+        self,
+        params: dict[str, mx.array],
+        args: Any,
+        kwargs: Any,
+        method: str = "__call__",
+        expanded: dict[str, mx.array] | None = None,
+    ) -> Any:
+        """Call the layer as it is without a tap, with these parameters and these probes added to its biases."""
         self.install(params)
-        cls = self.module.__class__
-        self.module.__class__ = self.cls
+        cls, module = self.module.__class__, self.module
+        module.__class__ = self.cls
+        biases = {name: getattr(module, name) for name in expanded or {}}
+        for name, probe in (expanded or {}).items():
+            setattr(module, name, probe if biases[name] is None else biases[name] + probe)
         try:
-            return self.module(*args, **kwargs)
+            return getattr(module, method)(*args, **kwargs)
         finally:
-            self.module.__class__ = cls
+            for name, bias in biases.items():
+                setattr(module, name, bias)
+            module.__class__ = cls
             self.hide()
 
     @property
@@ -105,7 +137,9 @@ class Planned(NamedTuple):
     """What is known of a call before it is traced."""
 
     path: str
-    outputs: list[tuple[tuple[int, ...], mx.Dtype]]  # as the rest of the model sees them: with the batch axis
+    method: str
+    outputs: list[ShapeAndDtype]  # as the rest of the model sees them: with the batch axis
+    inner: dict[str, ShapeAndDtype]  # probes inside the layer
     batched: list[bool]  # which inputs have the batch axis
     broadcast: bool  # the layer sees no batch axis: one output for all examples
 
@@ -115,9 +149,12 @@ class Call:
     """One call of a tapped layer."""
 
     site: Site
+    method: str
     structure: Any  # (args, kwargs) with every array replaced by its index
     inputs: list[mx.array]
     outputs: list[mx.array]
+    recorded: dict[str, mx.array]  # outputs of children, and the layer's own, where its rule wants them
+    inner: dict[str, ShapeAndDtype]  # shapes of the probes inside the layer, without those of a broadcast
 
     def arguments(self, inputs: list[mx.array]) -> tuple[Any, Any]:
         """Return args and kwargs with these arrays in place of the recorded ones."""
@@ -158,31 +195,69 @@ def _take_arrays(tree: Any) -> tuple[Any, list[mx.array]]:
 class Trace:
     """What one forward pass through tapped layers recorded."""
 
-    def __init__(self, plan: list[Planned] | None, probes: list[list[mx.array]]) -> None:
-        self.plan, self.probes = plan, probes
+    def __init__(
+        self, plan: list[Planned] | None, probes: list[list[mx.array]], inner: list[dict[str, mx.array]]
+    ) -> None:
+        self.plan, self.probes, self.inner = plan, probes, inner
         self.calls: list[Call] = []
 
-    def call(self, site: Site, args: Any, kwargs: Any) -> Any:
+    def call(self, site: Site, method: str, args: Any, kwargs: Any) -> Any:
         """Run the layer, record, and add the probes."""
-        structure, inputs = _take_arrays((args, kwargs))
-        random_state = _random_state()
-        result = site.run(site.params, args, kwargs)
-        if not site.has_rule and _random_state() is not random_state:
-            raise PrivacyError(
-                f"[value_and_grad] {site.label} must not draw random numbers but does (dropout?): its forward pass is "
-                "run again for per-sample gradients; move what is random into a layer of its own"
-            )
-        self.calls.append(Call(site, structure, inputs, _take_arrays(result)[1]))
-        if self.plan is None:
-            return result
-        k = len(self.calls) - 1
-        if k >= len(self.plan) or self.plan[k].path != site.path:
+        k = len(self.calls)
+        planned = self.plan is not None
+        if self.plan is not None and (k >= len(self.plan) or self.plan[k][:2] != (site.path, method)):
             raise PrivacyError(
                 f"[value_and_grad] {site.label} must be called alike in every forward pass but was not; "
                 "control flow must not depend on the data"
             )
+        structure, inputs = _take_arrays((args, kwargs))
+        call = Call(site, method, structure, inputs, [], {}, {})
+        self.calls.append(call)
+        random_state = _random_state()
+        probed = site.rule.probed if site.rule else ()
+        inner = self.inner[k] if planned else {}
+        with ExitStack() as stack:
+            for name in dict.fromkeys((*site.rule.recorded, *probed)) if site.rule else ():
+                stack.enter_context(_child(call, name, name in probed, inner.get(name)))
+            expanded = {name: probe for name, probe in inner.items() if name not in probed}
+            if expanded and self.plan is not None and self.plan[k].broadcast:
+                (B, *_), _ = self.plan[k].outputs[0]
+                args, kwargs = call.arguments([mx.broadcast_to(a, (B, *a.shape)) for a in inputs])
+            result = site.run(site.params, args, kwargs, method, expanded)
+        if not site.rule and _random_state() is not random_state:
+            raise PrivacyError(
+                f"[value_and_grad] {site.label} must not draw random numbers but does (dropout?): its forward pass is "
+                "run again for per-sample gradients; move what is random into a layer of its own"
+            )
+        call.outputs = _take_arrays(result)[1]
+        if site.rule and site.rule.needs_outputs:
+            call.recorded["output"] = call.outputs[0]
+        if site.rule and site.rule.expanded:
+            shapes = site.rule.expanded(site.module, inputs)
+            call.inner.update({name: (shape, call.outputs[0].dtype) for name, shape in shapes.items()})
+        if not planned:
+            return result
         probes = iter(self.probes[k])
         return _replace(result, lambda v: _probe(v, next(probes)) if isinstance(v, mx.array) else v)
+
+
+@contextmanager
+def _child(call: Call, name: str, probed: bool, probe: mx.array | None) -> Iterator[None]:
+    module: Any = call.site.module
+    child = module[name]
+
+    def run(x: mx.array) -> Any:
+        if probed:
+            call.inner[name] = (x.shape, x.dtype)
+        y = child(x if probe is None else _probe(x, probe))
+        call.recorded[name] = y
+        return y
+
+    module[name] = run
+    try:
+        yield
+    finally:
+        module[name] = child
 
 
 def _random_state() -> Any:
@@ -197,14 +272,18 @@ _active: list[tuple[dict[int, Site], Trace]] = []
 _tapped_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def _tapped(cls: type[nn.Module]) -> type[nn.Module]:
+def _tapped(cls: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module]:
     if cls not in _tapped_classes:
 
-        def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            sites, trace = _active[-1]
-            return trace.call(sites[id(self)], args, kwargs)
+        def tap(method: str) -> Callable[..., Any]:
+            def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                sites, trace = _active[-1]
+                return trace.call(sites[id(self)], method, args, kwargs)
 
-        _tapped_classes[cls] = type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+            return call
+
+        members = {method: tap(method) for method in methods}
+        _tapped_classes[cls] = type(cls.__name__, (cls,), {**members, "__module__": cls.__module__})
     return _tapped_classes[cls]
 
 
@@ -213,7 +292,7 @@ def tapped(sites: list[Site], trace: Trace) -> Iterator[None]:
     """Tap the layers while a forward pass is traced."""
     _active.append(({id(s.module): s for s in sites}, trace))
     for s in sites:
-        s.module.__class__ = _tapped(s.cls)
+        s.module.__class__ = _tapped(s.cls, s.methods)
         s.hide()
     try:
         yield
@@ -231,21 +310,20 @@ def tapped(sites: list[Site], trace: Trace) -> Iterator[None]:
         _active.pop()
 
 
-def find_sites(model: nn.Module, has_rule: Any) -> list[Site]:
+def find_sites(model: nn.Module, rule_of: Callable[[nn.Module], Rule | None]) -> list[Site]:
     """List the layers that own trainable parameters; one without a rule takes in everything beneath it."""
-    _refuse_batch_norm(model)
     owners: dict[int, tuple[str, nn.Module]] = {}
     slots: dict[tuple[int, Any], tuple[list[tuple[str, nn.Module]], Slot]] = {}
     for path, array in named_arrays(model.trainable_parameters()):
         chain, slot = _locate(model, path, array)
         slots[id(slot.container), slot.key] = (chain, slot)  # a shared layer: its last path counts, as in MLX
         owners[id(chain[-1][1])] = chain[-1]
-    whole = {key for key, (_, module) in owners.items() if not has_rule(module)}
+    rules = {key: rule_of(module) for key, (_, module) in owners.items()}
     sites: dict[int, Site] = {}
     for chain, slot in slots.values():
-        path, module = next(((p, m) for p, m in chain if id(m) in whole), chain[-1])
+        path, module = next(((p, m) for p, m in chain if id(m) in rules and not rules[id(m)]), chain[-1])
         slot.name = slot.path[len(path) + 1 :] if path else slot.path
-        site = sites.setdefault(id(module), Site(path, module, type(module), [], id(module) not in whole))
+        site = sites.setdefault(id(module), Site(path, module, type(module), [], rules[id(module)]))
         site.slots.append(slot)
     return list(sites.values())
 
@@ -258,12 +336,3 @@ def _locate(model: nn.Module, path: str, array: mx.array) -> tuple[list[tuple[st
             chain.append((".".join(parts[: i + 1]), container))
     key = int(parts[-1]) if isinstance(container, list) else parts[-1]
     return chain, Slot(path, "", container, key, array)
-
-
-def _refuse_batch_norm(model: nn.Module) -> None:
-    for path, module in model.named_modules():
-        if isinstance(module, nn.BatchNorm) and module.training:
-            raise PrivacyError(
-                f"[value_and_grad] layer {path or 'model'} must not couple the examples of a batch but is a BatchNorm; "
-                "use nn.GroupNorm(groups, dims, pytorch_compatible=True) in its place, or put it in eval mode"
-            )

@@ -1,0 +1,84 @@
+"""Layers that have no guarantee as they are, and why."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .taps import PrivacyError, named_arrays
+
+_SHARDED = "its parameters are spread over several machines, and so would be each example's norm; use data parallelism"
+_ROUTED = (
+    "the tokens of all examples are sorted by expert before they reach it, and what belongs to whom is lost; "
+    "freeze it, and train the attention or a layer that is not switched"
+)
+
+# Types whose trainable parameters are refused.
+REFUSED = {
+    "mlx.nn.layers.quantized.QQLinear": (
+        "its backward pass quantizes gradients in groups that run across the batch, which couples the examples; "
+        "freeze it, or use nn.Linear"
+    ),
+    "mlx.nn.layers.quantized.QuantizedEmbedding": (
+        "a table of quantized rows has no rule; freeze it, dequantize it, or put a LoRA layer around it"
+    ),
+    "mlx.nn.layers.distributed.AllToShardedLinear": _SHARDED,
+    "mlx.nn.layers.distributed.ShardedToAllLinear": _SHARDED,
+    "mlx.nn.layers.distributed.QuantizedAllToShardedLinear": _SHARDED,
+    "mlx.nn.layers.distributed.QuantizedShardedToAllLinear": _SHARDED,
+    "mlx.nn.layers.distributed.FullyShardedModule": _SHARDED,
+    "mlx_lm.models.switch_layers.SwitchLinear": _ROUTED,
+    "mlx_lm.models.switch_layers.QuantizedSwitchLinear": _ROUTED,
+    "mlx_lm.tuner.lora.LoRASwitchLinear": _ROUTED,
+}
+
+
+def refuse(model: nn.Module) -> None:
+    """Raise the first reason for which the model cannot be made private."""
+    for path, module in model.named_modules():
+        if reason := refusal(module):
+            raise PrivacyError(
+                f"[value_and_grad] layer {path or 'model'} ({type(module).__name__}) must have a guarantee but has "
+                f"none: {reason}"
+            )
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why this layer cannot be private, or None."""
+    if isinstance(module, nn.BatchNorm):
+        return (
+            "a BatchNorm couples the examples of a batch; use nn.GroupNorm(groups, dims, pytorch_compatible=True), as "
+            "engine.fix(model) does, or put it in eval mode"
+            if module.training
+            else None
+        )
+    own = own_trainable(module)
+    integers = [name for name, a in own.items() if not mx.issubdtype(a.dtype, mx.floating)]
+    if integers:
+        return f"its trainable {', '.join(integers)} must be floating but is not; freeze it"
+    for base in type(module).__mro__ if own or _shards(module) else ():
+        if reason := REFUSED.get(f"{base.__module__}.{base.__qualname__}"):
+            return reason
+    return None
+
+
+def own_trainable(module: nn.Module) -> dict[str, mx.array]:
+    """Trainable arrays of the layer itself, not of the layers in it."""
+    own: dict[str, Any] = {}
+    for name, value in module.items():
+        if nn.Module.trainable_parameter_filter(module, name, value):
+            own.update(_arrays(name, value))
+    return own
+
+
+def _arrays(name: str, value: Any) -> dict[str, mx.array]:
+    if isinstance(value, nn.Module):
+        return {}
+    if isinstance(value, mx.array):
+        return {name: value}
+    entries = enumerate(value) if isinstance(value, (list, tuple)) else value.items() if isinstance(value, dict) else ()
+    return {path: a for key, v in entries for path, a in _arrays(f"{name}.{key}", v).items()}
+
+
+def _shards(module: nn.Module) -> bool:
+    return type(module).__name__ == "FullyShardedModule" and bool(named_arrays(module.trainable_parameters()))
