@@ -14,8 +14,9 @@ import mlx_bulwark as bw
 import numpy as np
 from mlx_bulwark import _native
 
+from benchmarks.chips import PREDICTED, predicted_seconds
+
 KEY = bw.random_key()
-BANDWIDTHS = {"M1": 68.25, "M2_Max": 400.0, "M3_Ultra": 819.0, "M4_Max": 546.0}  # GB/s
 LINE = 64
 
 
@@ -87,5 +88,5 @@ def rows(bench, case, calls):
     bench.row(f"{case}/lines_over_least", lines / math.ceil(least / LINE), "x", better="lower")
     bench.row(f"{case}/lines_an_access", lines / accesses, "lines", better="lower")
     bench.row(f"{case}/dispatches", len(calls), "calls", better="lower")
-    for chip, bandwidth in BANDWIDTHS.items():
-        bench.row(f"{case}/predicted_time_{chip}", requested / bandwidth / 1e3, "us", better="lower")
+    for chip, bandwidth in PREDICTED.items():
+        bench.row(f"{case}/predicted_time_{chip}", predicted_seconds(requested, bandwidth) * 1e6, "us", better="lower")

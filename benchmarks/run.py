@@ -1,4 +1,4 @@
-"""Runs benchmark suites: ``python benchmarks/run.py [SUITE ...] [--json FILE] [--quick]``.
+"""Runs benchmark suites: ``python benchmarks/run.py [SUITE ...] [--device gpu] [--json FILE] [--quick]``.
 
 A suite is a file ``benchmarks/<suite>.py`` with a function ``run(bench)``:
 
@@ -16,6 +16,9 @@ A suite is a file ``benchmarks/<suite>.py`` with a function ``run(bench)``:
 The part of a row's name before its last slash is its case. A row is written only when ``bench.check`` of its case ran
 and held; otherwise the run ends with status 1 and says which case it was. Rows reach the JSON file as they are
 released, so that a run that dies keeps what it has measured.
+
+``--device gpu`` runs the suites on an Apple GPU, without the peers, which are measured on the CPU. Its JSON file holds
+the machine beside the rows, so that it can be sent in as it is.
 """
 
 import argparse
@@ -26,7 +29,6 @@ import importlib.metadata
 import json
 import math
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -35,7 +37,7 @@ import time
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -72,6 +74,8 @@ class Bench:
     suite: str
     quick: bool = False
     on_change: Callable[[], None] = lambda: None
+    device: str = "cpu"
+    chip_bandwidth: float | None = None  # GB/s, as published
     threads: int = THREADS
     problems: list[str] = field(default_factory=list)
     _rows: list[dict[str, Any]] = field(default_factory=list)
@@ -146,10 +150,15 @@ class Bench:
         """
         import mlx.core as mx
 
+        # A GPU idles while Python waits for each call: give it all of them, and wait once.
+        evaluate = mx.async_eval if self.device == "gpu" else mx.eval
+
         def seconds(f: Callable[[], Any], calls: int) -> float:
+            mx.synchronize()
             start = time.perf_counter()
             for _ in range(calls):
-                mx.eval(f())
+                evaluate(f())
+            mx.synchronize()
             return (time.perf_counter() - start) / calls
 
         for f in contestants.values():  # caches fill, functions compile
@@ -177,6 +186,8 @@ class Bench:
     def peer(self, module: str) -> Any:
         """Import a peer; where it is not installed say so once and return None: its rows are skipped."""
         try:
+            if self.device == "gpu":
+                raise ImportError("it would run on the CPU")
             peer = importlib.import_module(module)
         except ImportError as e:
             if module not in self._missing:
@@ -188,11 +199,11 @@ class Bench:
         return peer
 
     def bandwidth(self) -> float:
-        """Bytes a second that all cores together read from memory, measured once in this run."""
-        return _limits.bandwidth
+        """Bytes a second that all cores together read from memory, measured once in this run; published of a GPU."""
+        return self.chip_bandwidth * 1e9 if self.chip_bandwidth else _limits.bandwidth
 
     def peak_memory(self, setup: Callable[..., Callable[[], Any]], *arguments: Any, steps: int = 3) -> int:
-        """Resident-set peak of a function in a child process of its own, less the process's floor.
+        """Resident-set peak (of a GPU: MLX's peak) of a function in a child process of its own, less its floor.
 
         Args:
             setup: A function at the top level of the suite; it gets ``arguments`` and returns the step, a function
@@ -203,7 +214,15 @@ class Bench:
         Returns:
             int: Bytes.
         """
-        call = json.dumps({"module": setup.__module__, "setup": setup.__name__, "args": arguments, "steps": steps})
+        call = json.dumps(
+            {
+                "module": setup.__module__,
+                "setup": setup.__name__,
+                "args": arguments,
+                "steps": steps,
+                "device": self.device,
+            }
+        )
         child = subprocess.run([sys.executable, __file__, "--child", call], capture_output=True, text=True)
         if child.returncode:
             raise RuntimeError(f"[bench] the child process of {setup.__name__} failed:\n{child.stderr}")
@@ -264,17 +283,24 @@ def _resident(entry: str) -> int:
 def _child(call: dict[str, Any]) -> None:
     import mlx.core as mx
 
+    on_gpu = call["device"] == "gpu"
+    mx.set_default_device(mx.gpu if on_gpu else mx.cpu)
     step = getattr(importlib.import_module(call["module"]), call["setup"])(*call["args"])
     gc.collect()
     mx.clear_cache()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
-        floor = _resident("VmRSS")
-    except OSError:
-        floor = _resident("VmHWM")
+    floor = mx.get_active_memory() if on_gpu else _resident_floor()
+    mx.reset_peak_memory()
     for _ in range(call["steps"]):
         mx.eval(step())
-    print(_resident("VmHWM") - floor)
+    print((mx.get_peak_memory() if on_gpu else _resident("VmHWM")) - floor)
+
+
+def _resident_floor() -> int:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
+        return _resident("VmRSS")
+    except OSError:
+        return _resident("VmHWM")
 
 
 def _has_blas() -> bool:
@@ -294,14 +320,6 @@ def _environment() -> dict[str, str]:
     return changes
 
 
-def _processor() -> str:
-    if sys.platform == "darwin":
-        return subprocess.check_output(["sysctl", "-n", "machdep.cpu.brand_string"], text=True).strip()
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
-    return found[1] if found else platform.machine()
-
-
 def _version(package: str) -> str:
     try:
         return f"{package} {importlib.metadata.version(package)}"
@@ -309,13 +327,12 @@ def _version(package: str) -> str:
         return f"{package} not installed"
 
 
-def _header() -> None:
-    import mlx_bulwark as bw
-    from mlx_bulwark import _native
-
-    isa = _native.ext.isa() if _native.ext else "none"
-    print(f"{_processor()}, instruction set {isa}, {THREADS} threads, backend {bw.backend().name}")
+def _header(machine: dict[str, Any]) -> None:
+    cores = f"instruction set {machine['instruction_set']}, {THREADS} threads"
+    print(f"{machine['chip']}, {cores}, backend {machine['backend']} on the {machine['device'].upper()}")
     print(", ".join(_version(p) for p in ("mlx-bulwark", "mlx", "numpy", "torch", "opacus")))
+    if machine["device"] == "gpu":
+        print(f"memory bandwidth of the chip, as published: {machine['bandwidth']:g} GB/s")
     if sys.platform != "linux":
         print("BLAS: the system's")
     elif BLAS in os.environ.get("LD_PRELOAD", ""):
@@ -325,24 +342,41 @@ def _header() -> None:
     print()
 
 
+def _machine(device: str, bandwidth: float | None) -> dict[str, Any]:
+    """What the rows were measured on; bandwidth in GB/s."""
+    from mlx_bulwark import doctor
+
+    report = doctor.examine(checks=False)
+    if device == "gpu":
+        from benchmarks import chips
+
+        name = str(report.gpu.get("device_name", report.chip))
+        bandwidth = bandwidth or chips.bandwidth(name, os.cpu_count() or 0)
+        if bandwidth is None:
+            sys.exit(f"benchmarks/run.py: the memory bandwidth of {name} is not known here: give it by --bandwidth")
+    return {k: v for k, v in asdict(report).items() if k != "checks"} | {"device": device, "bandwidth": bandwidth}
+
+
 def suites() -> list[str]:
     """Names of the suites that stand beside this file."""
     return sorted(p.stem for p in HERE.glob("*.py") if "def run(bench" in p.read_text() and p.stem != "run")
 
 
-def run(names: list[str], *, quick: bool, json_file: Path | None) -> list[str]:
+def run(names: list[str], *, quick: bool, json_file: Path | None, machine: dict[str, Any]) -> list[str]:
     """Run suites, print their tables and write the JSON; return what went wrong."""
     done: list[Bench] = []
 
     def write() -> None:
         if json_file:
+            rows = [r for b in done for r in b.released()]
             part = json_file.with_name(json_file.name + ".part")
-            part.write_text(json.dumps([r for b in done for r in b.released()], indent=1) + "\n")
+            content = {"machine": machine, "rows": rows} if machine["device"] == "gpu" else rows
+            part.write_text(json.dumps(content, indent=1) + "\n")
             part.replace(json_file)
 
     write()  # a path that cannot be written fails before an hour of work
     for name in names:
-        bench = Bench(name, quick, write)
+        bench = Bench(name, quick, write, machine["device"], machine["bandwidth"])
         done.append(bench)
         print(f"{name:<52}{'value':>12}  {'unit':<8}{'peer'}", flush=True)
         start = time.perf_counter()
@@ -367,6 +401,8 @@ def main() -> int:
     parser.add_argument("suite", nargs="*", help="which suites to run (default: all)")
     parser.add_argument("--list", action="store_true", help="print the names of the suites and end")
     parser.add_argument("--quick", action="store_true", help="few rounds: shows that it runs; figures are rough")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="where MLX computes (default: cpu)")
+    parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="of the GPU's memory, if its chip is not known")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     options = parser.parse_args()
     known = suites()
@@ -375,11 +411,22 @@ def main() -> int:
         return 0
     if unknown := sorted(set(options.suite) - set(known)):
         parser.error(f"no suite {', '.join(unknown)}; there are: {', '.join(known)}")
-    _header()
-    problems = run(options.suite or known, quick=options.quick, json_file=options.json)
+    machine = _prepare(options)
+    _header(machine)
+    problems = run(options.suite or known, quick=options.quick, json_file=options.json, machine=machine)
     for p in problems:
         print(f"FAILED {p}")
     return 1 if problems else 0
+
+
+def _prepare(options: argparse.Namespace) -> dict[str, Any]:
+    """Choose the device, and say what machine it is on."""
+    import mlx.core as mx
+
+    if options.device == "gpu" and not mx.metal.is_available():
+        sys.exit("benchmarks/run.py: --device gpu needs a Metal device but MLX has none on this machine")
+    mx.set_default_device(getattr(mx, options.device))
+    return _machine(options.device, options.bandwidth)
 
 
 if __name__ == "__main__":

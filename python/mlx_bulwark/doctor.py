@@ -140,10 +140,11 @@ class Report:
         return json.dumps(asdict(self) | {"ok": self.ok}, indent=1)
 
 
-def examine(*, isolated: bool = True, simulator: Path | None = None) -> Report:
+def examine(*, checks: bool = True, isolated: bool = True, simulator: Path | None = None) -> Report:
     """Look at the installation and run every kernel on every backend of this machine.
 
     Args:
+        checks: Run the kernels; otherwise the report has no checks.
         isolated: Run the kernels in child processes, which a GPU's fault may kill; otherwise in this process.
         simulator: The folder ``tests/msl`` of a checkout, to run the Metal kernels in its simulator as well.
 
@@ -157,7 +158,7 @@ def examine(*, isolated: bool = True, simulator: Path | None = None) -> Report:
     """
     report = _installation()
     run = _run_isolated if isolated else _run
-    for target in _targets(isolated, simulator):
+    for target in _targets(isolated, simulator) if checks else ():
         report.checks.extend(run(target, list(CASES), simulator))
     return report
 

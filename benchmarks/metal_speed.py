@@ -1,0 +1,142 @@
+"""Kernels on an Apple GPU: time, share of the chip's bandwidth, and the roofline beside it (``--device gpu``).
+
+A case knows the bytes that its kernels must move: what they read and write, the gradients twice where norms come before
+the sum. The tests hold that number against the simulator's count, at small sizes. Noise is bound by arithmetic, so its
+share is the lower. The peer is the plain-MLX reference under ``mx.compile``, which returns the same values.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import mlx_bulwark as bw
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_bulwark.ops import clip, noise
+
+from benchmarks.chips import PREDICTED, predicted_seconds
+
+KEY = bw.key_from_seed(0)  # nothing is kept secret by what is measured here
+COUNTER = mx.array([0, 0], mx.uint32)
+SIGMA = mx.array(0.5)
+BOUND = mx.array(1.0)
+
+
+class Case(NamedTuple):
+    """An op, the same by its reference, the inputs of both, and the bytes that the op must move."""
+
+    name: str
+    op: Callable[..., Any]
+    reference: Callable[..., Any]
+    inputs: list[mx.array]
+    nbytes: int
+
+
+class Sizes(NamedTuple):
+    """How large the cases are."""
+
+    values: int = 16_000_000
+    batch: int = 64
+    columns: int = 1_000_000
+    leaves: int = 200
+    leaf: int = 2048
+
+
+def cases(sizes: Sizes) -> Iterator[Case]:
+    n, batch, columns, leaves, leaf = sizes
+    yield Case(
+        f"noise.gaussian.{n}",
+        lambda: bw.gaussian((n,), SIGMA, KEY, COUNTER),
+        lambda: noise.gaussian_reference((n,), SIGMA, KEY, COUNTER),
+        [],
+        4 * n,
+    )
+    yield Case(
+        f"noise.add_gaussian.{n}",
+        lambda x: bw.add_gaussian(x, SIGMA, KEY, COUNTER),
+        lambda x: noise.add_gaussian_reference(x, SIGMA, KEY, COUNTER),
+        [_normals((n,))],
+        8 * n,
+    )
+    yield Case(
+        f"noise.random_bits.{n}",
+        lambda: bw.random_bits((n,), KEY, COUNTER, domain="test"),
+        lambda: noise.random_bits_reference((n,), KEY, COUNTER, domain="test"),
+        [],
+        4 * n,
+    )
+    for dtype, suffix in ((mx.float32, ""), (mx.bfloat16, "_bfloat16")):
+        yield from _clip_cases(f"{batch}x{columns}{suffix}", [_normals((batch, columns), dtype)])
+    yield from _clip_cases(f"{batch}x{leaves}x{leaf}", [_normals((batch, leaf)) for _ in range(leaves)])
+
+
+def _clip_cases(shape: str, grads: list[mx.array]) -> Iterator[Case]:
+    batch = grads[0].shape[0]
+    read, written = sum(g.nbytes for g in grads), sum(4 * g.size // batch for g in grads)
+    factors = mx.ones(batch)
+    yield Case(
+        f"clip.sample_sq_norms.{shape}",
+        lambda *g: bw.sample_sq_norms(list(g)),
+        lambda *g: clip.sample_sq_norms_reference(list(g)),
+        grads,
+        read + 4 * batch,
+    )
+    yield Case(
+        f"clip.clipped_sum.{shape}",
+        lambda *g: bw.clipped_sum(list(g), factors),
+        lambda *g: clip.clipped_sum_reference(list(g), factors),
+        grads,
+        read + written,
+    )
+    yield Case(
+        f"clip.clip_and_sum.{shape}",
+        lambda *g: bw.clip_and_sum(list(g), BOUND, sigma=SIGMA, key=KEY, counter=COUNTER)[0],
+        lambda *g: clip.clip_and_sum_reference(list(g), BOUND, sigma=SIGMA, key=KEY, counter=COUNTER)[0],
+        grads,
+        2 * read + written,
+    )
+
+
+def _normals(shape: tuple[int, ...], dtype: mx.Dtype = mx.float32) -> mx.array:
+    return mx.array(np.random.default_rng(0).standard_normal(shape, np.float32)).astype(dtype)
+
+
+def run(bench: Any, sizes: Sizes | None = None) -> None:
+    if bench.device != "gpu":
+        print(f"  {bench.suite}: only with --device gpu: no rows")
+        return
+    for case in cases(sizes or Sizes()):
+        _run_case(bench, case)
+
+
+def _run_case(bench: Any, case: Case) -> None:
+    compiled = mx.compile(case.reference)
+    bench.check(case.name, lambda: _agree(case.op(*case.inputs), case.reference(*case.inputs)))
+    times = bench.compare({"ours": lambda: case.op(*case.inputs), "reference": lambda: compiled(*case.inputs)})
+    rows(bench, case.name, case.nbytes, times["ours"].median, times["reference"].median)
+
+
+def rows(bench: Any, name: str, nbytes: int, seconds: float, reference_seconds: float) -> None:
+    """What follows from the bytes and the medians of both sides."""
+    peer = "plain MLX ops, compiled"
+    bench.row(f"{name}/time", seconds * 1e6, "us", better="lower")
+    bench.row(f"{name}/vs_compiled_reference", reference_seconds / seconds, "x", peer=peer, better="higher")
+    bench.row(f"{name}/throughput", nbytes / seconds / 1e9, "GB/s", better="higher")
+    roofline = predicted_seconds(nbytes, bench.chip_bandwidth)
+    bench.row(f"{name}/share_of_published_bandwidth", 100 * roofline / seconds, "%", better="higher")
+    bench.row(f"{name}/predicted_time", roofline * 1e6, "us", better="lower")
+    bench.row(f"{name}/measured_over_predicted", seconds / roofline, "x", better="lower")
+    for other, bandwidth in PREDICTED.items():
+        bench.row(f"{name}/predicted_time_{other}", predicted_seconds(nbytes, bandwidth) * 1e6, "us", better="lower")
+
+
+def _agree(got: Any, want: Any) -> bool:
+    """Whether all values are those of the reference, by the largest one: sums of many differ by rounding."""
+    pairs = zip(tree_flatten(got), tree_flatten(want), strict=True)
+    return all(_near(x, y) for (_, x), (_, y) in pairs)
+
+
+def _near(x: mx.array, y: mx.array) -> bool:
+    if x.dtype == mx.uint32:
+        return bool((x == y).all().item())
+    return bool((mx.abs(x - y).max() <= 1e-5 * mx.maximum(mx.abs(y).max(), 1.0)).item())
