@@ -159,3 +159,15 @@ def test_interrupted_while_drawing(monkeypatch, capsys, tmp_path):
     assert figures["interrupted"] is True
     assert figures["png"] is None
     assert figures["steps"] == 4
+
+
+def test_interrupted_while_telling(monkeypatch, tmp_path):
+    def press(figures):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("mlx_bulwark.demo.summary.tell", press)
+    file = tmp_path / "figures.json"
+    assert run(monkeypatch, "demo", *QUICK, "--out", tmp_path, "--json", file) == 130
+    figures = json.loads(file.read_text())
+    assert figures["interrupted"] is True
+    assert figures["steps"] == 4

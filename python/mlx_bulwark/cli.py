@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import typer
 
     from .demo import DemoOptions, Figures
+    from .demo.progress import Stop
     from .doctor import Report
 
 INTERRUPTED = 130  # as shells count: 128 + SIGINT
@@ -162,31 +163,36 @@ def _line(op: str, backend: str, case: str, error: str, tolerance: str, verdict:
 
 def _demo(options: "DemoOptions") -> int:
     from .demo import OptionError, run_demo
+    from .demo.progress import stoppable
     from .demo.summary import tell
 
     try:
         figures = run_demo(options, say=lambda line: print(line, flush=True))
+        with stoppable() as stop:
+            stop.held = True  # what was found out is told, whatever happens
+            tell(figures)
+            _write(figures, options, stop)
     except OptionError as e:
         _fail(str(e), code=2)
-    tell(figures)
-    try:
-        _write(figures, options)
     except OSError as e:
         _fail(f"{e.filename} cannot be written: {e.strerror}", code=1)
     return INTERRUPTED if figures.interrupted else 0
 
 
-def _write(figures: "Figures", options: "DemoOptions") -> None:
+def _write(figures: "Figures", options: "DemoOptions", stop: "Stop") -> None:
     from .demo.plot import draw
     from .demo.progress import waiting
 
     picture = options.out / "demo.png"
     try:
+        stop.held = False
+        stop.check()
         with waiting("Drawing"):
             draw(figures, picture)
         figures.png = str(picture)
     except KeyboardInterrupt:
         figures.interrupted = True
+    stop.held = True
     print(f"picture    {figures.png or 'not drawn'}")
     if options.json is not None:
         figures.write_json(options.json)

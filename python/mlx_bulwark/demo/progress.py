@@ -26,12 +26,13 @@ def waiting(text: str) -> Iterator[None]:
         print(f"\r{' ' * len(line)}\r", end="", file=sys.stderr, flush=True)
 
     clock = threading.Thread(target=tick, daemon=True)
-    clock.start()
     try:
+        clock.start()
         yield
     finally:
         done.set()
-        clock.join()
+        if clock.ident is not None:
+            clock.join()
 
 
 class Stop:
