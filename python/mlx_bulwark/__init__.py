@@ -14,6 +14,7 @@ from .ops.noise import (
     random_key,
 )
 from .privacy import (
+    AdaptiveClipping,
     Batch,
     Batches,
     CheckReport,
@@ -21,11 +22,13 @@ from .privacy import (
     PrivacyEngine,
     PrivacyError,
     PrivateOptimizer,
+    Sensitivity,
     compute_epsilon,
     find_noise_multiplier,
 )
 
 __all__ = [
+    "AdaptiveClipping",
     "Batch",
     "Batches",
     "CheckReport",
@@ -35,6 +38,7 @@ __all__ = [
     "PrivacyEngine",
     "PrivacyError",
     "PrivateOptimizer",
+    "Sensitivity",
     "add_gaussian",
     "advance_counter",
     "backend",

@@ -85,32 +85,37 @@ FLOAT64 = {
 }
 
 
-def one_by_one(model, loss_fn, batch, max_grad_norm=1.0, clipping="flat"):
-    """Norms [B] and clipped sums by path, by B separate backward passes of the model in float64.
-
-    max_grad_norm None: the median norm, so that half the examples are clipped.
-    """
+def one_by_one_grads(model, loss_fn, batch):
+    """Gradients by path, a dict for each example, by B separate backward passes of the model in float64."""
     with ExitStack() as stack:
         for cls, methods in FLOAT64.items():
             for name, method in methods.items():
                 stack.enter_context(mock.patch.object(cls, name, method))
-        return _one_by_one(model, loss_fn, batch, max_grad_norm, clipping)
+        return _one_by_one_grads(model, loss_fn, batch)
 
 
 def float64(a):
     return a.astype(mx.float64) if mx.issubdtype(a.dtype, mx.floating) else a
 
 
-def _one_by_one(model, loss_fn, batch, max_grad_norm, clipping):
+def _one_by_one_grads(model, loss_fn, batch):
     weights = tree_flatten(model.parameters())
     model.apply(float64)
     cast = tree_map(float64, batch)
     try:
         grad = nn.value_and_grad(model, lambda *x: loss_fn(model, *x).sum())
         rows = [tuple(a[b : b + 1] for a in cast) for b in range(batch[0].shape[0])]
-        grads = [{k: numpy64(g) for k, g in tree_flatten(grad(*row)[1])} for row in rows]
+        return [{k: numpy64(g) for k, g in tree_flatten(grad(*row)[1])} for row in rows]
     finally:
         model.load_weights(weights)
+
+
+def one_by_one(model, loss_fn, batch, max_grad_norm=1.0, clipping="flat"):
+    """Norms [B] and clipped sums by path, from gradients one by one.
+
+    max_grad_norm None: the median norm, so that half the examples are clipped.
+    """
+    grads = one_by_one_grads(model, loss_fn, batch)
     norms = np.sqrt([sum((g**2).sum() for g in example.values()) for example in grads])
     C = (float(np.median(norms)) if len(norms) else 1.0) if max_grad_norm is None else max_grad_norm
     factors = C / (norms + 0.01) if clipping == "automatic" else np.minimum(1.0, C / (norms + 1e-6))

@@ -184,7 +184,8 @@ def _calibrate(options: DemoOptions, figures: Figures, say: Callable[[str], None
         )
     figures.calibration_seconds = time.perf_counter() - began
     figures.noise_multiplier, figures.max_grad_norm = engine.noise_multiplier, engine.max_grad_norm
-    figures.sample_rate, figures.accountant, figures.clipping = engine.sample_rate, engine.accountant, engine.clipping
+    figures.sample_rate, figures.accountant = engine.sample_rate, engine.accountant
+    figures.clipping = str(engine.clipping)
     say(
         f"noise      multiplier {engine.noise_multiplier:.3f}, for epsilon {options.epsilon:g} at delta "
         f"{options.delta:g} after {options.steps} steps (found in {figures.calibration_seconds:.1f} s)"

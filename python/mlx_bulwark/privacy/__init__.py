@@ -3,11 +3,13 @@
 from .accounting import compute_epsilon, find_noise_multiplier
 from .batches import Batch, Batches
 from .check import CheckReport
+from .clipping import AdaptiveClipping, Sensitivity
 from .engine import PrivacyEngine
 from .optimizer import ClippedGradients, PrivateOptimizer
 from .taps import PrivacyError
 
 __all__ = [
+    "AdaptiveClipping",
     "Batch",
     "Batches",
     "CheckReport",
@@ -15,6 +17,7 @@ __all__ = [
     "PrivacyEngine",
     "PrivacyError",
     "PrivateOptimizer",
+    "Sensitivity",
     "compute_epsilon",
     "find_noise_multiplier",
 ]

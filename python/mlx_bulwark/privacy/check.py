@@ -1,5 +1,6 @@
 """Compares private gradients with a one-by-one loop."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +11,10 @@ from mlx.utils import tree_map
 from tqdm import tqdm
 
 from .batches import Batch
+from .clipping import Group
 from .gradients import ClippedSums, LossFunction, batch_size_of, clipped_sums, per_example, to_mlx
-from .taps import PrivacyError, named_arrays
+from .rules import rule_of
+from .taps import PrivacyError, find_sites, named_arrays
 
 if TYPE_CHECKING:
     from .engine import PrivacyEngine
@@ -59,7 +62,7 @@ def _arrays(batch: Any) -> Arrays:
 
 
 def _private(engine: "PrivacyEngine", model: nn.Module, loss_fn: LossFunction, arrays: Arrays) -> ClippedSums:
-    r = clipped_sums(model, loss_fn, arrays, None, engine.max_grad_norm, engine.clipping, {})
+    r = clipped_sums(model, loss_fn, arrays, None, engine.max_grad_norm, engine._clipping, {})
     mx.eval(r)
     return r
 
@@ -70,14 +73,16 @@ def _one_by_one(
     grad = nn.value_and_grad(model, lambda *x: per_example(loss_fn(model, *x), 1).sum())
     B = batch_size_of(arrays)
     losses, norms = np.zeros(B), np.zeros(B)
+    groups = engine._clipping.groups(find_sites(model, rule_of))
     sums: dict[str, Any] = {path: np.zeros(s.shape) for path, s in ours.sums.items()}
     for b in tqdm(range(B), "one by one", leave=False, disable=None):
         loss, tree = grad(*_rows(arrays, b))
         grads = {path: _float64(g) for path, g in named_arrays(tree)}
         losses[b] = loss.item()
         norms[b] = np.sqrt(sum((g**2).sum() for g in grads.values()))
+        factors = {path: f for group in groups for path, f in _factors(engine, group, grads)}
         for path in sums:
-            sums[path] += _factor(engine, norms[b]) * grads.get(path, 0.0)
+            sums[path] += factors[path] * grads.get(path, 0.0)
     loss_error = _require("the loss of", _relative(_float64(ours.losses), losses), rtol)
     norm_error = _require("the gradient norm of", _relative(np.sqrt(_float64(ours.sq_norms)), norms), rtol)
     scale = np.sqrt(sum((s**2).sum() for s in sums.values())) + 1e-30
@@ -120,12 +125,16 @@ def _rows(arrays: Arrays, b: int) -> Arrays:
     return _take(arrays, [b])
 
 
-def _factor(engine: "PrivacyEngine", norm: float) -> float:
-    if engine.max_grad_norm == np.inf:
-        return 1.0
-    if engine.clipping == "automatic":
-        return engine.max_grad_norm / (norm + 0.01)
-    return min(1.0, engine.max_grad_norm / (norm + 1e-6))
+def _factors(engine: "PrivacyEngine", group: Group, grads: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """Factor of one example in one group of parameters, for each of their paths."""
+    norm, C = np.sqrt(sum((grads[path] ** 2).sum() for path in group.paths if path in grads)), engine.max_grad_norm
+    if np.inf == C:
+        factor = 1.0
+    elif engine._clipping.factor_mode == "automatic":
+        factor = C * group.share / (norm + 0.01)
+    else:
+        factor = min(1.0, C * group.share / (norm + 1e-6))
+    return ((path, factor) for path in group.paths)
 
 
 def _relative(x: Any, y: Any) -> Any:

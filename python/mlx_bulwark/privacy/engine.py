@@ -1,7 +1,7 @@
 """DP-SGD for any MLX training loop."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import mlx.core as mx
@@ -13,8 +13,9 @@ from .accounting import check_delta, find_noise_multiplier
 from .batches import Batch, Batches, UnitRows, default_microbatch_size
 from .books import Books
 from .check import CheckReport, check
+from .clipping import AdaptiveClipping, ClippingMode, Sensitivity, make_clipping
 from .events import Accountant, Event, Gaussian, Poisson, Run
-from .gradients import ClippingMode, LossFunction
+from .gradients import LossFunction
 from .optimizer import ClippedGradients, PrivateOptimizer
 from .sampling import PoissonSampler
 from .state import new_state
@@ -33,8 +34,13 @@ class PrivacyEngine:
         sample_rate: probability q with which an example enters a batch. Give this or ``batch_size``.
         batch_size: expected batch size q * N.
         noise_multiplier: standard deviation of the noise over ``max_grad_norm``.
-        max_grad_norm: clipping norm C of a per-sample gradient over all trainable parameters.
-        clipping: ``"flat"``: min(1, C / norm); ``"automatic"``: C / (norm + 0.01) (AUTO-S).
+        max_grad_norm: clipping norm C of a per-sample gradient over all trainable parameters; or one for each layer or
+            group of parameters, whose squares add up to C squared.
+        clipping: ``"flat"``: min(1, C / norm); ``"automatic"``: C / (norm + 0.01) (AUTO-S); ``"per_layer"``: every
+            layer by itself, to C over the root of their number or to ``max_grad_norm[layer]``; ``"per_group"``: every
+            group by itself, to ``max_grad_norm[pattern]``, where a parameter belongs to the first pattern of
+            `fnmatch` that its path matches; ``"adaptive"`` or an `AdaptiveClipping`: C, which starts at
+            ``max_grad_norm``, follows a quantile of the norms, found privately.
         accountant: ``"pld"`` or ``"rdp"``.
         steps: planned number of steps; an update past it is refused.
         delta: default delta of `epsilon`.
@@ -60,8 +66,8 @@ class PrivacyEngine:
         sample_rate: float | None = None,
         batch_size: float | None = None,
         noise_multiplier: float,
-        max_grad_norm: float,
-        clipping: ClippingMode = "flat",
+        max_grad_norm: float | Mapping[str, float],
+        clipping: ClippingMode | AdaptiveClipping = "flat",
         accountant: Accountant = "pld",
         steps: int | None = None,
         delta: float | None = None,
@@ -71,21 +77,15 @@ class PrivacyEngine:
             raise ValueError(
                 f"[PrivacyEngine] noise_multiplier must be at least 0 and finite but is {noise_multiplier}"
             )
-        if not max_grad_norm > 0 or (max_grad_norm == math.inf and (noise_multiplier > 0 or clipping != "flat")):
-            raise ValueError(
-                "[PrivacyEngine] max_grad_norm must be positive, and finite where there is noise, "
-                f"but is {max_grad_norm}"
-            )
-        if clipping not in ("flat", "automatic"):
-            raise ValueError(f"[PrivacyEngine] clipping must be 'flat' or 'automatic' but is {clipping!r}")
         if accountant not in ("pld", "rdp"):
             raise ValueError(f"[PrivacyEngine] accountant must be 'pld' or 'rdp' but is {accountant!r}")
         self.dataset_size = dataset_size
         self.expected_batch_size = self.sample_rate * dataset_size
-        event = Event(Poisson(self.sample_rate), Gaussian(float(noise_multiplier), float(max_grad_norm)))
-        self.clipping: ClippingMode = clipping
+        self._clipping, norm = make_clipping(clipping, max_grad_norm, noise_multiplier, self.expected_batch_size)
+        self.clipping = clipping
+        event = Event(Poisson(self.sample_rate), Gaussian(float(noise_multiplier), norm))
         self.delta = delta
-        self.state = new_state(event)
+        self.state = new_state(event, self._clipping)
         self._books = Books(event, accountant, steps)
         self._sampling_counter = 0
         self._accumulated: dict[str, mx.array] = {}
@@ -100,8 +100,8 @@ class PrivacyEngine:
         steps: int,
         sample_rate: float | None = None,
         batch_size: float | None = None,
-        max_grad_norm: float,
-        clipping: ClippingMode = "flat",
+        max_grad_norm: float | Mapping[str, float],
+        clipping: ClippingMode | AdaptiveClipping = "flat",
         accountant: Accountant = "pld",
     ) -> "PrivacyEngine":
         """Engine with the least noise whose planned steps stay within a target epsilon.
@@ -114,7 +114,7 @@ class PrivacyEngine:
             sample_rate: probability with which an example enters a batch. Give this or ``batch_size``.
             batch_size: expected batch size.
             max_grad_norm: clipping norm.
-            clipping: ``"flat"`` or ``"automatic"``.
+            clipping: as of the engine.
             accountant: ``"pld"`` or ``"rdp"``.
 
         Returns:
@@ -295,8 +295,18 @@ class PrivacyEngine:
 
     @property
     def max_grad_norm(self) -> float:
-        """Clipping norm of the next step."""
+        """Clipping norm of the next step, over the whole model."""
+        if self._clipping.quantile:
+            return float(self.state["max_grad_norm"].item())
         return self.event.mechanism.max_grad_norm
+
+    @property
+    def sensitivity(self) -> Sensitivity:
+        """Largest change of the next step's sums in L2 norm; the noise is ``noise_multiplier`` times the first.
+
+        Where the clipping norm is found privately, the count of norms below it is one coordinate more.
+        """
+        return self._clipping.sensitivity(self.max_grad_norm, self.noise_multiplier)
 
     @property
     def adjacency(self) -> str:

@@ -1,21 +1,21 @@
 """From a model and a per-example loss to clipped, not yet noised gradient sums."""
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
-from ..ops.clip import clip_factors, clipped_sum, sample_sq_norms
+from ..ops.clip import clipped_sum, sample_sq_norms
+from .clipping import Clipping, FactorMode, Group
 from .per_sample import PerSample, Tapped
 from .refusals import refuse
 from .rules import per_sample, rule_of
 from .taps import Call, Planned, PrivacyError, ShapeAndDtype, Site, Trace, find_sites, named_arrays, tapped
 
 LossFunction = Callable[..., mx.array]
-ClippingMode = Literal["flat", "automatic"]
 
 
 class ClippedSums(NamedTuple):
@@ -33,7 +33,7 @@ def clipped_sums(
     batch: tuple[Any, ...],
     mask: mx.array | None,
     max_grad_norm: float | mx.array,
-    clipping: ClippingMode,
+    clipping: Clipping | FactorMode,
     plans: dict[Any, list[Planned]],
 ) -> ClippedSums:
     """Book-keeping (Bu et al. 2022): one backward pass to the layers' outputs, norms, factors, weighted sums."""
@@ -48,17 +48,48 @@ def clipped_sums(
         return ClippedSums(mx.zeros((0,)), zeros, mx.zeros((0,)), mx.array(0))
     plan = _plan(model, sites, loss_fn, batch, B, plans)
     losses, layers = _backward(sites, plan, loss_fn, model, batch, B)
-    built = {s.path: g for site, r in layers for s in site.slots if (g := r.built.get(s.name)) is not None}
-    sq_norms = [r.sq_norms for _, r in layers if r.sq_norms is not None]
-    total = sum(sq_norms, sample_sq_norms(built)) if built else sum(sq_norms[1:], sq_norms[0])
-    factors, num_refused = clip_factors(total, max_grad_norm, clipping, mask)
-    sums = clipped_sum(built, factors) if built else {}
-    for site, result in layers:
-        weighted = result.weighted_sums(factors) if result.weighted_sums else {}
-        sums.update({s.path: weighted[s.name] for s in site.slots if s.name in weighted})
+    clipping = clipping if isinstance(clipping, Clipping) else Clipping(clipping)
+    parts = [part for g in clipping.groups(sites) if (part := _part(g, layers)).built or part.unbuilt]
+    norms = [part.sq_norms() for part in parts]
+    factors, total, num_refused = clipping.factors([p.group for p in parts], norms, max_grad_norm, mask)
+    sums = {path: s for part, f in zip(parts, factors, strict=True) for path, s in part.weighted_sums(f).items()}
     for site in sites:  # a layer that the loss does not reach: its noise must be there all the same
         sums.update({s.path: mx.zeros(s.array.shape) for s in site.slots if s.path not in sums})
     return ClippedSums(losses, sums, total, num_refused)
+
+
+class _Part(NamedTuple):
+    """What is clipped together: gradients that are built, by path, and layers whose gradients are not."""
+
+    group: Group
+    built: dict[str, mx.array]
+    unbuilt: list[tuple[Site, PerSample]]
+
+    def sq_norms(self) -> mx.array:
+        norms = [r.sq_norms for _, r in self.unbuilt if r.sq_norms is not None]
+        return sum(norms, sample_sq_norms(self.built)) if self.built else sum(norms[1:], norms[0])
+
+    def weighted_sums(self, factors: mx.array) -> dict[str, mx.array]:
+        sums: dict[str, mx.array] = clipped_sum(self.built, factors) if self.built else {}
+        for site, result in self.unbuilt:
+            weighted = result.weighted_sums(factors) if result.weighted_sums else {}
+            sums.update({s.path: weighted[s.name] for s in site.slots if s.name in weighted})
+        return sums
+
+
+def _part(group: Group, layers: list[tuple[Site, PerSample]]) -> _Part:
+    part = _Part(group, {}, [])
+    for site, r in layers:
+        part.built.update({s.path: r.built[s.name] for s in site.slots if s.name in r.built and s.path in group.paths})
+        unbuilt = {s.path for s in site.slots if s.name not in r.built}
+        if unbuilt & group.paths:
+            if not unbuilt <= group.paths:
+                raise PrivacyError(
+                    f"[value_and_grad] max_grad_norm must have {', '.join(sorted(unbuilt))} of {site.label} in one "
+                    "group but divides them: their norm is computed as one"
+                )
+            part.unbuilt.append((site, r))
+    return part
 
 
 def to_mlx(batch: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..ops.noise import random_key
+from .clipping import Clipping
 from .events import Event
 
 
@@ -22,18 +23,23 @@ class EngineState(dict[str, Any]):
         return f"<engine state: {', '.join(self)} (secret)>"
 
 
-def new_state(event: Event) -> EngineState:
+def new_state(event: Event, clipping: Clipping) -> EngineState:
     """State of a run that begins, under a fresh key."""
     state = EngineState(
         noise=EngineState(key=random_key(), counter=mx.zeros((2,), mx.uint32)), steps=mx.array(0, mx.uint32)
     )
-    set_scale(state, event)
+    set_scale(state, event, clipping)
     return state
 
 
-def set_scale(state: EngineState, event: Event) -> None:
+def set_scale(state: EngineState, event: Event, clipping: Clipping) -> None:
     """Write an event's clipping norm and noise into the state; float32 rounds the one down and the other up."""
-    sigma, norm = event.mechanism.noise_multiplier, event.mechanism.max_grad_norm
+    sigma, norm = clipping.noise_ratio(event.mechanism.noise_multiplier), event.mechanism.max_grad_norm
+    if clipping.quantile:  # it moves the norm, and the noise with it: rounding the product must not lower the noise
+        state["noise_ratio"] = mx.array(_float32(sigma * (1 + 2.0**-22), math.inf))
+        state.setdefault("max_grad_norm", mx.array(_float32(norm, -math.inf)))
+        state["noise_std"] = state["max_grad_norm"] * state["noise_ratio"]
+        return
     state["max_grad_norm"] = mx.array(_float32(norm, -math.inf))
     state["noise_std"] = mx.array(_float32(sigma * norm, math.inf) if sigma else 0.0)
 

@@ -8,6 +8,7 @@ import mlx.nn as nn
 
 from ..ops.noise import add_gaussian, advance_counter, blocks_used
 from .batches import Batch
+from .clipping import QUANTILE
 from .gradients import LossFunction, clipped_sums
 from .optimizer import ClippedGradients, PrivateOptimizer
 from .state import is_traced
@@ -32,8 +33,10 @@ def private_value_and_grad(engine: "PrivacyEngine", model: nn.Module, loss_fn: L
         if isinstance(first, Batch):
             batch, mask, last = first.data, first.mask, first.last
         norm = engine.state["max_grad_norm"]
-        r = clipped_sums(model, loss_fn, batch, mask, norm, engine.clipping, plans)
+        r = clipped_sums(model, loss_fn, batch, mask, norm, engine._clipping, plans)
         losses = r.losses if mask is None else mx.where(mask, r.losses, 0)
+        if quantile := engine._clipping.quantile:
+            r.sums[QUANTILE] = quantile.counted(r.sq_norms, norm, engine.state["noise_std"], mask)
         return losses, ClippedGradients(engine, r.sums, r.sq_norms, r.num_refused, last)
 
     return loss_and_grad
@@ -54,6 +57,8 @@ def release(engine: "PrivacyEngine", gradients: ClippedGradients) -> dict[str, m
         sums, engine._accumulated = add(sums, engine._accumulated), {}
     counter = _charge(engine, blocks_used(sums), traced)
     noisy = _noised(engine, sums, counter)
+    if engine._clipping.quantile:
+        engine._clipping.quantile.move(engine.state, noisy.pop(QUANTILE))
     return {path: g / engine.expected_batch_size for path, g in noisy.items()}
 
 
