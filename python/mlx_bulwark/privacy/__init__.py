@@ -1,23 +1,32 @@
 """Differentially private training."""
 
 from .accounting import compute_epsilon, find_noise_multiplier
+from .audit import AttackPoint, AuditReport, MembershipAttack, audit_engine, audit_privacy
 from .batches import Batch, Batches
 from .check import CheckReport
 from .clipping import AdaptiveClipping, Sensitivity
 from .engine import PrivacyEngine
+from .one_run import GuessBound, one_run_epsilon
 from .optimizer import ClippedGradients, PrivateOptimizer
 from .taps import PrivacyError
 
 __all__ = [
     "AdaptiveClipping",
+    "AttackPoint",
+    "AuditReport",
     "Batch",
     "Batches",
     "CheckReport",
     "ClippedGradients",
+    "GuessBound",
+    "MembershipAttack",
     "PrivacyEngine",
     "PrivacyError",
     "PrivateOptimizer",
     "Sensitivity",
+    "audit_engine",
+    "audit_privacy",
     "compute_epsilon",
     "find_noise_multiplier",
+    "one_run_epsilon",
 ]
