@@ -8,7 +8,7 @@ from typing import Any, Literal, NoReturn
 import mlx.core as mx
 import numpy as np
 
-from .sampling import DrawWords, FullSampler, Sampler, ShuffleSampler
+from .sampling import DrawWords, FullSampler, PoissonSampler, Sampler, ShuffleSampler
 
 UnitReduction = Literal["mean", "sum"]
 Augment = Callable[..., Any]
@@ -165,7 +165,7 @@ def default_microbatch_size(rows: UnitRows, sampler: Sampler, multiplicity: int)
     if isinstance(sampler, ShuffleSampler):
         largest = np.sort(counts)[-sampler.batch_size :]
         return int(largest.sum())
-    rate = sampler.rate
+    rate = sampler.rate if isinstance(sampler, PoissonSampler) else sampler.group_rate / sampler.cycle_length
     size: int = math.ceil(rate * counts.sum() + 3 * math.sqrt(rate * (1 - rate) * (counts**2).sum()))
     return int(max(min(counts.sum(), (size + 7) // 8 * 8), rows.max_rows * multiplicity))
 

@@ -14,10 +14,10 @@ from .batches import Batch, Batches, UnitRows, default_microbatch_size
 from .books import Books
 from .check import CheckReport, check
 from .clipping import AdaptiveClipping, ClippingMode, Sensitivity, make_clipping
-from .events import Accountant, Event, Gaussian, Poisson, Run
+from .events import Accountant, Event, Gaussian, Run
 from .gradients import LossFunction
 from .optimizer import ClippedGradients, PrivateOptimizer
-from .sampling import PoissonSampler
+from .sampling import SamplingMode, make_sampler, make_sampling
 from .state import new_state
 from .steps import LossAndGrad, compiled_step, private_value_and_grad, release
 
@@ -32,7 +32,12 @@ class PrivacyEngine:
     Args:
         dataset_size: number of examples N that batches are drawn from. Public: it enters the denominator.
         sample_rate: probability q with which an example enters a batch. Give this or ``batch_size``.
-        batch_size: expected batch size q * N.
+        batch_size: expected batch size q * N; with ``"shuffle"`` the size of every batch.
+        sampling: how `batches` draws, and what is accounted. ``"poisson"``: every example by its own coin;
+            ``"cyclic_poisson"``: the same within one group of a fixed random partition a step, in turns; ``"shuffle"``:
+            a permutation an epoch in batches of fixed size, accounted without amplification, one Gaussian an epoch,
+            for neighbours in which one example is replaced by zeros; ``"full"``: all examples in every step.
+        cycle_length: number of groups of ``"cyclic_poisson"``.
         noise_multiplier: standard deviation of the noise over ``max_grad_norm``.
         max_grad_norm: clipping norm C of a per-sample gradient over all trainable parameters; or one for each layer or
             group of parameters, whose squares add up to C squared.
@@ -65,6 +70,8 @@ class PrivacyEngine:
         *,
         sample_rate: float | None = None,
         batch_size: float | None = None,
+        sampling: SamplingMode = "poisson",
+        cycle_length: int | None = None,
         noise_multiplier: float,
         max_grad_norm: float | Mapping[str, float],
         clipping: ClippingMode | AdaptiveClipping = "flat",
@@ -72,7 +79,7 @@ class PrivacyEngine:
         steps: int | None = None,
         delta: float | None = None,
     ) -> None:
-        self.sample_rate = _sample_rate(dataset_size, sample_rate, batch_size)
+        scheme, self.sample_rate = make_sampling(sampling, dataset_size, sample_rate, batch_size, cycle_length)
         if not 0 <= noise_multiplier < math.inf:
             raise ValueError(
                 f"[PrivacyEngine] noise_multiplier must be at least 0 and finite but is {noise_multiplier}"
@@ -83,10 +90,11 @@ class PrivacyEngine:
         self.expected_batch_size = self.sample_rate * dataset_size
         self._clipping, norm = make_clipping(clipping, max_grad_norm, noise_multiplier, self.expected_batch_size)
         self.clipping = clipping
-        event = Event(Poisson(self.sample_rate), Gaussian(float(noise_multiplier), norm))
+        event = Event(scheme, Gaussian(float(noise_multiplier), norm))
         self.delta = delta
         self.state = new_state(event, self._clipping)
         self._books = Books(event, accountant, steps)
+        self._sampler = make_sampler(scheme, dataset_size)
         self._sampling_counter = 0
         self._accumulated: dict[str, mx.array] = {}
 
@@ -100,6 +108,8 @@ class PrivacyEngine:
         steps: int,
         sample_rate: float | None = None,
         batch_size: float | None = None,
+        sampling: SamplingMode = "poisson",
+        cycle_length: int | None = None,
         max_grad_norm: float | Mapping[str, float],
         clipping: ClippingMode | AdaptiveClipping = "flat",
         accountant: Accountant = "pld",
@@ -113,6 +123,8 @@ class PrivacyEngine:
             steps: number of optimizer steps; an update past them is refused.
             sample_rate: probability with which an example enters a batch. Give this or ``batch_size``.
             batch_size: expected batch size.
+            sampling: as of the engine.
+            cycle_length: as of the engine.
             max_grad_norm: clipping norm.
             clipping: as of the engine.
             accountant: ``"pld"`` or ``"rdp"``.
@@ -132,11 +144,14 @@ class PrivacyEngine:
         Source:
             `find_noise_multiplier`.
         """
-        rate = _sample_rate(dataset_size, sample_rate, batch_size)
+        scheme, rate = make_sampling(sampling, dataset_size, sample_rate, batch_size, cycle_length)
+        part, times = scheme.parts(0, steps)
         return cls(
             dataset_size,
             sample_rate=rate,
-            noise_multiplier=find_noise_multiplier(epsilon, delta, rate, steps, accountant),
+            sampling=sampling,
+            cycle_length=cycle_length,
+            noise_multiplier=find_noise_multiplier(epsilon, delta, part, times, accountant),
             max_grad_norm=max_grad_norm,
             clipping=clipping,
             accountant=accountant,
@@ -233,7 +248,7 @@ class PrivacyEngine:
             steps = self.planned_steps - self.steps
         if steps is None or steps < 0:
             raise ValueError(f"[batches] steps must be a number of logical batches but is {steps}")
-        rows, sampler = UnitRows(None, self.dataset_size, None), PoissonSampler(self.dataset_size, self.sample_rate)
+        rows, sampler = UnitRows(None, self.dataset_size, None), self._sampler
         size = microbatch_size or default_microbatch_size(rows, sampler, 1)
         if size < 1:
             raise ValueError(f"[batches] microbatch_size must be at least 1 but is {microbatch_size}")
@@ -393,14 +408,3 @@ class PrivacyEngine:
             f"noise_multiplier={self.noise_multiplier:.6g}, max_grad_norm={self.max_grad_norm:.6g}, "
             f"clipping={self.clipping!r}, accountant={self.accountant!r}, adjacency={self.adjacency!r})"
         )
-
-
-def _sample_rate(dataset_size: int, sample_rate: float | None, batch_size: float | None) -> float:
-    if dataset_size < 1 or int(dataset_size) != dataset_size:
-        raise ValueError(f"[PrivacyEngine] dataset_size must be a positive whole number but is {dataset_size}")
-    if (sample_rate is None) == (batch_size is None):
-        raise ValueError("[PrivacyEngine] sample_rate or batch_size must be given, and not both")
-    rate = batch_size / dataset_size if batch_size is not None else sample_rate
-    if rate is None or not 0 < rate <= 1:
-        raise ValueError(f"[PrivacyEngine] sample_rate must be in (0, 1] but is {rate}")
-    return float(rate)

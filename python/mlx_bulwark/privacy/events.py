@@ -18,12 +18,66 @@ Accountant = Literal["pld", "rdp"]
 ADJACENCY = "add or remove one example"
 
 
+class Parts(NamedTuple):
+    """How often one example may take part in some steps: ``times`` times, each with probability ``rate``."""
+
+    rate: float
+    times: int
+
+
 @dataclass(frozen=True)
 class Poisson:
     """Every example enters a batch by a coin of its own, with probability ``sample_rate``."""
 
     sample_rate: float
     adjacency = ADJACENCY
+
+    def parts(self, first: int, steps: int) -> Parts:
+        """How often one example may take part in a number of steps in a row, from step ``first``."""
+        return Parts(self.sample_rate, steps)
+
+
+@dataclass(frozen=True)
+class CyclicPoisson:
+    """A fixed random partition into groups; step t tosses the coins of group t mod ``cycle_length`` alone."""
+
+    sample_rate: float
+    cycle_length: int
+    adjacency = ADJACENCY
+
+    @property
+    def group_rate(self) -> float:
+        """Probability with which an example of the group takes part."""
+        return min(1.0, self.sample_rate * self.cycle_length)
+
+    def parts(self, first: int, steps: int) -> Parts:
+        """How often one example may take part in a number of steps in a row, from step ``first``."""
+        return Parts(self.group_rate, math.ceil(steps / self.cycle_length))
+
+
+@dataclass(frozen=True)
+class Shuffle:
+    """A permutation for every epoch, in batches of fixed size: every example once an epoch, and no amplification."""
+
+    batch_size: int
+    steps_per_epoch: int
+    adjacency = "replace one example by zeros (zero-out)"
+
+    def parts(self, first: int, steps: int) -> Parts:
+        """How often one example may take part in a number of steps in a row, from step ``first``."""
+        epochs = (first + steps - 1) // self.steps_per_epoch - first // self.steps_per_epoch + 1 if steps else 0
+        return Parts(1.0, epochs)
+
+
+@dataclass(frozen=True)
+class Full:
+    """All examples in every step."""
+
+    adjacency = ADJACENCY
+
+    def parts(self, first: int, steps: int) -> Parts:
+        """How often one example may take part in a number of steps in a row, from step ``first``."""
+        return Parts(1.0, steps)
 
 
 @dataclass(frozen=True)
@@ -34,7 +88,7 @@ class Gaussian:
     max_grad_norm: float
 
 
-Sampling = Poisson
+Sampling = Poisson | CyclicPoisson | Shuffle | Full
 Mechanism = Gaussian
 
 
@@ -53,9 +107,10 @@ class Event:
     sampling: Sampling
     mechanism: Mechanism
 
-    def releases(self, steps: int) -> list[Release]:
-        """Return what a number of steps of this event, one after the other, amounts to."""
-        return [Release(self.sampling.sample_rate, self.mechanism.noise_multiplier, steps)]
+    def releases(self, first: int, steps: int) -> list[Release]:
+        """Return what a number of steps of this event, one after the other from step ``first``, amounts to."""
+        rate, times = self.sampling.parts(first, steps)
+        return [Release(rate, self.mechanism.noise_multiplier, times)]
 
 
 class Run(NamedTuple):
@@ -66,12 +121,14 @@ class Run(NamedTuple):
 
 
 def releases_of(runs: Iterable[Run]) -> tuple[Release, ...]:
-    """Return what runs amount to together, equal releases counted together."""
+    """Return what runs, the first of which starts at step 0, amount to together; equal releases counted together."""
     totals: dict[tuple[float, float], int] = {}
+    first = 0
     for run in runs:
-        for rate, sigma, times in run.event.releases(run.steps):
+        for rate, sigma, times in run.event.releases(first, run.steps):
             if times and rate:
                 totals[rate, sigma] = totals.get((rate, sigma), 0) + times
+        first += run.steps
     return tuple(Release(*key, times) for key, times in totals.items())
 
 

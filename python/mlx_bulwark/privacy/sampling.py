@@ -1,16 +1,18 @@
-"""Which units take part in a step: one sampler for each scheme that is accounted."""
+"""Which units take part in a step: a sampler is made from the scheme that is accounted, so that they cannot differ."""
 
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import mlx.core as mx
 import numpy as np
 
 from ..ops.noise import bit_blocks_used, random_bits, random_key
+from .events import CyclicPoisson, Full, Poisson, Sampling, Shuffle
 
+SamplingMode = Literal["poisson", "cyclic_poisson", "shuffle", "full"]
 Units = np.ndarray[Any, np.dtype[np.int64]]
 DrawWords = Callable[[int], mx.array]  # n -> n secret words that nobody else gets
 
@@ -36,23 +38,9 @@ class CyclicPoissonSampler:
     """
 
     size: int
-    rate: float
+    group_rate: float
     cycle_length: int
     seed: mx.array = field(default_factory=random_key, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if self.cycle_length < 1 or int(self.cycle_length) != self.cycle_length:
-            raise ValueError(f"[PrivacyEngine] cycle_length must be a positive whole number but is {self.cycle_length}")
-        if self.rate * self.cycle_length > 1 + 1e-9:
-            raise ValueError(
-                f"[PrivacyEngine] cycle_length must be at most 1 / sample_rate = {1 / self.rate:.6g} but is "
-                f"{self.cycle_length}: a group would be too small for a batch"
-            )
-
-    @property
-    def group_rate(self) -> float:
-        """Probability with which a unit of the group takes part."""
-        return min(1.0, self.rate * self.cycle_length)
 
     @functools.cached_property
     def groups(self) -> Units:
@@ -112,6 +100,78 @@ class FullSampler:
     def draw(self, step: int, words: DrawWords) -> Units:
         """All units."""
         return np.arange(self.size)
+
+
+def make_sampling(
+    mode: SamplingMode,
+    dataset_size: int,
+    sample_rate: float | None,
+    batch_size: float | None,
+    cycle_length: int | None,
+) -> tuple[Sampling, float]:
+    """Check an engine's arguments; return the scheme and the expected batch size over the size of the data set."""
+    if mode not in get_args(SamplingMode):
+        raise ValueError(
+            f"[PrivacyEngine] sampling must be one of {', '.join(map(repr, get_args(SamplingMode)))} but is {mode!r}"
+        )
+    if dataset_size < 1 or int(dataset_size) != dataset_size:
+        raise ValueError(f"[PrivacyEngine] dataset_size must be a positive whole number but is {dataset_size}")
+    if (cycle_length is not None) != (mode == "cyclic_poisson"):
+        raise ValueError(
+            f"[PrivacyEngine] cycle_length must be given with sampling='cyclic_poisson', and only there, but is "
+            f"{cycle_length} with {mode!r}"
+        )
+    if mode == "full" and sample_rate is None and batch_size is None:
+        return Full(), 1.0
+    if (sample_rate is None) == (batch_size is None):
+        raise ValueError("[PrivacyEngine] sample_rate or batch_size must be given, and not both")
+    rate = batch_size / dataset_size if batch_size is not None else sample_rate
+    if rate is None or not 0 < rate <= 1:
+        raise ValueError(f"[PrivacyEngine] sample_rate must be in (0, 1] but is {rate}")
+    if mode == "full":
+        if rate != 1:
+            raise ValueError(f"[PrivacyEngine] sample_rate must be 1 with sampling='full' but is {rate}")
+        return Full(), 1.0
+    if mode == "shuffle":
+        return _shuffle(dataset_size, rate), rate
+    if cycle_length is not None:
+        return _cyclic(rate, cycle_length), rate
+    return Poisson(float(rate)), float(rate)
+
+
+def _shuffle(dataset_size: int, rate: float) -> Shuffle:
+    size = round(rate * dataset_size)
+    if abs(size - rate * dataset_size) > 1e-6 or size < 1:
+        raise ValueError(
+            "[PrivacyEngine] batch_size must be a whole number with sampling='shuffle' but is "
+            f"{rate * dataset_size:.6g}"
+        )
+    return Shuffle(size, math.ceil(dataset_size / size))
+
+
+def _cyclic(rate: float, cycle_length: int) -> CyclicPoisson:
+    if cycle_length < 1 or int(cycle_length) != cycle_length:
+        raise ValueError(f"[PrivacyEngine] cycle_length must be a positive whole number but is {cycle_length}")
+    if rate * cycle_length > 1 + 1e-9:
+        raise ValueError(
+            f"[PrivacyEngine] cycle_length must be at most 1 / sample_rate = {1 / rate:.6g} but is {cycle_length}: a "
+            "group would be too small for a batch"
+        )
+    return CyclicPoisson(float(rate), int(cycle_length))
+
+
+def make_sampler(sampling: Sampling, size: int, seed: mx.array | None = None) -> "Sampler":
+    """Make the sampler of an accounted scheme over ``size`` units; a resumed run gives its seed again."""
+    more = {} if seed is None else {"seed": seed}
+    match sampling:
+        case Poisson(rate):
+            return PoissonSampler(size, rate)
+        case CyclicPoisson():
+            return CyclicPoissonSampler(size, sampling.group_rate, sampling.cycle_length, **more)
+        case Shuffle(batch_size):
+            return ShuffleSampler(size, batch_size, **more)
+        case Full():
+            return FullSampler(size)
 
 
 Sampler = PoissonSampler | CyclicPoissonSampler | ShuffleSampler | FullSampler

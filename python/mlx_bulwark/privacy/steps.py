@@ -9,6 +9,7 @@ import mlx.nn as nn
 from ..ops.noise import add_gaussian, advance_counter, blocks_used
 from .batches import Batch
 from .clipping import QUANTILE
+from .events import CyclicPoisson, Shuffle
 from .gradients import LossFunction, clipped_sums
 from .optimizer import ClippedGradients, PrivateOptimizer
 from .state import is_traced
@@ -31,15 +32,41 @@ def private_value_and_grad(engine: "PrivacyEngine", model: nn.Module, loss_fn: L
             raise PrivacyError("[value_and_grad] model must be the one that value_and_grad was given but is another")
         first: Any = batch[0] if len(batch) == 1 else None
         if isinstance(first, Batch):
+            _refuse_out_of_order(engine, first.step)
             batch, mask, last = first.data, first.mask, first.last
-        norm = engine.state["max_grad_norm"]
-        r = clipped_sums(model, loss_fn, batch, mask, norm, engine._clipping, plans)
-        losses = r.losses if mask is None else mx.where(mask, r.losses, 0)
-        if quantile := engine._clipping.quantile:
-            r.sums[QUANTILE] = quantile.counted(r.sq_norms, norm, engine.state["noise_std"], mask)
-        return losses, ClippedGradients(engine, r.sums, r.sq_norms, r.num_refused, last)
+        else:
+            _refuse_out_of_order(engine, None)
+        return _loss_and_grad(engine, model, loss_fn, batch, mask, last, plans)
 
     return loss_and_grad
+
+
+def _loss_and_grad(
+    engine: "PrivacyEngine",
+    model: nn.Module,
+    loss_fn: LossFunction,
+    data: tuple[Any, ...],
+    mask: mx.array | None,
+    last: bool,
+    plans: dict[Any, list[Planned]],
+) -> tuple[mx.array, ClippedGradients]:
+    norm = engine.state["max_grad_norm"]
+    r = clipped_sums(model, loss_fn, data, mask, norm, engine._clipping, plans)
+    losses = r.losses if mask is None else mx.where(mask, r.losses, 0)
+    if quantile := engine._clipping.quantile:
+        r.sums[QUANTILE] = quantile.counted(r.sq_norms, norm, engine.state["noise_std"], mask)
+    return losses, ClippedGradients(engine, r.sums, r.sq_norms, r.num_refused, last)
+
+
+def _refuse_out_of_order(engine: "PrivacyEngine", step: int | None) -> None:
+    """Refuse a batch whose place in the sampling scheme is not that of the next step."""
+    scheme = engine.event.sampling
+    if isinstance(scheme, CyclicPoisson | Shuffle) and step != engine.steps:
+        raise PrivacyError(
+            f"[value_and_grad] batch must be that of step {engine.steps}, from engine.batches, but is "
+            f"{'an array of your own' if step is None else f'that of step {step}'}: {type(scheme).__name__} accounts "
+            "for every batch once and in its order"
+        )
 
 
 def release(engine: "PrivacyEngine", gradients: ClippedGradients) -> dict[str, mx.array] | None:
@@ -108,16 +135,16 @@ def compiled_step(
     engine: "PrivacyEngine", model: nn.Module, optimizer: PrivateOptimizer, loss_fn: LossFunction
 ) -> Callable[[Batch], mx.array]:
     """See `PrivacyEngine.compiled_step`."""
-    loss_and_grad = private_value_and_grad(engine, model, loss_fn)
+    plans: dict[Any, list[Planned]] = {}
     optimizer.init(model.trainable_parameters())
     state = [model.state, optimizer.state, engine.state, mx.random.state]
 
     def piece(data: list[mx.array], mask: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
-        losses, gradients = loss_and_grad(model, *data, mask=mask)
+        losses, gradients = _loss_and_grad(engine, model, loss_fn, tuple(data), mask, True, plans)
         return losses, spend(engine, gradients)
 
     def end(data: list[mx.array], mask: mx.array, accumulated: dict[str, mx.array]) -> mx.array:
-        losses, gradients = loss_and_grad(model, *data, mask=mask)
+        losses, gradients = _loss_and_grad(engine, model, loss_fn, tuple(data), mask, True, plans)
         gradients._sums = add(gradients._sums, accumulated)
         optimizer.update(model, gradients)
         return losses
@@ -128,6 +155,7 @@ def compiled_step(
 
     def run(batch: Batch) -> mx.array:
         engine._books.admit(engine.steps)
+        _refuse_out_of_order(engine, batch.step)
         losses: mx.array
         if batch.last:
             losses = compiled_end(list(batch.data), batch.mask, engine._accumulated)
