@@ -14,11 +14,14 @@
 #include <vector>
 
 #include "clip/clip.h"
+#include "common/blas.h"
 #include "common/isa.h"
+#include "common/launch.h"
 #include "common/parallel.h"
 #ifndef __APPLE__
   #include "common/sim.h"
 #endif
+#include "ghost/ghost.h"
 #include "mlx/version.h"
 #include "noise/noise.h"
 
@@ -35,9 +38,10 @@ static std::map<std::string, nb::object>& references() {
 namespace bulwark {
 Arrays call_reference(const char* name, const Arrays& in, const mx::Stream& s) {
   nb::gil_scoped_acquire gil;
-  auto it = references().find(name);
-  if (it == references().end()) throw std::runtime_error(std::string("[") + name + "] has no reference");
-  return nb::cast<Arrays>(it->second(in, s));
+  const std::string full = name, base = full.substr(0, full.find('{')), parameters = full.substr(base.size());
+  auto it = references().find(base);
+  if (it == references().end()) throw std::runtime_error("[" + base + "] has no reference");
+  return nb::cast<Arrays>(parameters.empty() ? it->second(in, s) : it->second(in, s, parameters));
 }
 }  // namespace bulwark
 
@@ -65,6 +69,8 @@ NB_MODULE(_ext, m) {
   m.def("set_reference", [](std::string name, nb::object f) { references()[name] = f; }, "name"_a, "reference"_a);
   m.def("set_num_threads", [](size_t n) { Pool::get().limit = n; }, "n"_a);
   m.def("isa", [] { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "base"; });
+  m.def("load_blas", &load_blas, "library"_a, "prefix"_a);
+  m.def("on_metal", [](mx::StreamOrDevice s) { return on_metal(mx::to_stream(s)); }, "stream"_a = nb::none());
   m.def("sources", [] {
     std::vector<std::tuple<std::string, std::string, std::string>> all;
     for (auto* s : {&noise_source, &clip_source}) all.emplace_back(s->name, s->text, s->hash);
@@ -88,6 +94,19 @@ NB_MODULE(_ext, m) {
   m.def("clipped_sum", &clipped_sum, "grads"_a, "factors"_a, "noise"_a, "stream"_a = nb::none());
   m.def("clip_and_sum", &clip_and_sum, "grads"_a, "max_grad_norm"_a, "mode"_a, "mask"_a, "noise"_a,
         "stream"_a = nb::none());
+
+  m.def("ghost_sq_norms", &ghost_sq_norms, "x"_a, "dy"_a, "mask"_a, "segments"_a, "units"_a, "bias"_a, "groups"_a,
+        "window"_a, "method"_a, "stream"_a = nb::none());
+  m.def("ghost_grads", &ghost_grads, "x"_a, "dy"_a, "mask"_a, "segments"_a, "units"_a, "bias"_a, "groups"_a, "window"_a,
+        "stream"_a = nb::none());
+  m.def("ghost_clipped_sum", &ghost_clipped_sum, "x"_a, "dy"_a, "mask"_a, "factors"_a, "bias"_a, "groups"_a, "window"_a,
+        "stream"_a = nb::none());
+  m.def("embedding_sq_norms", &embedding_sq_norms, "tokens"_a, "dy"_a, "segments"_a, "units"_a,
+        "stream"_a = nb::none());
+  m.def("embedding_clipped_sum", &embedding_clipped_sum, "tokens"_a, "dy"_a, "factors"_a, "vocabulary"_a,
+        "stream"_a = nb::none());
+  m.def("embedding_linear_products", &embedding_linear_products, "tokens"_a, "dy"_a, "x"_a, "dy_linear"_a, "segments"_a,
+        "units"_a, "stream"_a = nb::none());
 #ifdef BULWARK_SANITIZE
   m.def("planted_error", &planted_error, "kind"_a);
 #endif

@@ -6,11 +6,10 @@
 
 #include "clip/clip.h"
 #include "clip/clip_simd.h"
+#include "common/cpu.h"
 #include "common/isa.h"
 #include "common/parallel.h"
-#include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
-#include "mlx/ops.h"
 #include "noise/normals.h"
 
 namespace bulwark {
@@ -205,19 +204,6 @@ static void add_to_sums(const Work& w, size_t from, size_t to, const float* fact
                         const Noise& noise) {
   if (w.chunked()) return add_chunks(w, from, to, factors, scratch, noise);
   parallel_for(w.tasks(), [&](size_t t) { add_task(w, t, from, to, factors, noise); });
-}
-
-static void allocate(Arrays& out) {
-  for (auto& x : out) x.set_data(mx::allocator::malloc(x.nbytes()));
-}
-
-static Arrays contiguous(const Arrays& in, mx::Stream s) {
-  Arrays r;
-  for (auto& x : in) {
-    bool already = x.status() == mx::array::Status::available && x.flags().row_contiguous;
-    r.push_back(already ? x : mx::contiguous(x, false, s));
-  }
-  return r;
 }
 
 mx::array sample_sq_norms(const Arrays& grads, mx::StreamOrDevice sd) {

@@ -6,6 +6,8 @@ import mlx.core as mx
 def set_reference(name: str, reference: Callable[[list[mx.array], Any], list[mx.array]]) -> None: ...
 def set_num_threads(n: int) -> None: ...
 def isa() -> str: ...
+def load_blas(library: str, prefix: str) -> bool: ...
+def on_metal(stream: Any = None) -> bool: ...
 def sources() -> list[tuple[str, str, str]]: ...
 def sim_enable(on: bool) -> None: ...
 def sim_option(name: str, value: int) -> None: ...
@@ -44,3 +46,51 @@ def clip_and_sum(
     noise: list[mx.array],
     stream: Any = None,
 ) -> list[mx.array]: ...
+def ghost_sq_norms(
+    x: list[mx.array],
+    dy: list[mx.array],
+    mask: list[mx.array],
+    segments: list[mx.array],
+    units: int,
+    bias: bool,
+    groups: int,
+    window: list[int],
+    method: str,
+    stream: Any = None,
+) -> mx.array: ...
+def ghost_grads(
+    x: list[mx.array],
+    dy: list[mx.array],
+    mask: list[mx.array],
+    segments: list[mx.array],
+    units: int,
+    bias: bool,
+    groups: int,
+    window: list[int],
+    stream: Any = None,
+) -> list[mx.array]: ...
+def ghost_clipped_sum(
+    x: list[mx.array],
+    dy: list[mx.array],
+    mask: list[mx.array],
+    factors: mx.array,
+    bias: bool,
+    groups: int,
+    window: list[int],
+    stream: Any = None,
+) -> list[mx.array]: ...
+def embedding_sq_norms(
+    tokens: list[mx.array], dy: list[mx.array], segments: list[mx.array], units: int, stream: Any = None
+) -> mx.array: ...
+def embedding_clipped_sum(
+    tokens: list[mx.array], dy: list[mx.array], factors: mx.array, vocabulary: int, stream: Any = None
+) -> mx.array: ...
+def embedding_linear_products(
+    tokens: list[mx.array],
+    dy: list[mx.array],
+    x: list[mx.array],
+    dy_linear: list[mx.array],
+    segments: list[mx.array],
+    units: int,
+    stream: Any = None,
+) -> mx.array: ...

@@ -1,0 +1,1 @@
+// No kernel yet: ops/ghost.py runs the reference on Metal.
