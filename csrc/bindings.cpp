@@ -70,6 +70,7 @@ NB_MODULE(_ext, m) {
   m.def("set_num_threads", [](size_t n) { Pool::get().limit = n; }, "n"_a);
   m.def("isa", [] { return isa() == Isa::avx512 ? "avx512" : isa() == Isa::avx2 ? "avx2" : "base"; });
   m.def("load_blas", &load_blas, "library"_a, "prefix"_a);
+  m.def("has_blas", &has_blas);
   m.def("on_metal", [](mx::StreamOrDevice s) { return on_metal(mx::to_stream(s)); }, "stream"_a = nb::none());
   m.def("sources", [] {
     std::vector<std::tuple<std::string, std::string, std::string>> all;

@@ -1,6 +1,6 @@
 #include <algorithm>
 #include <cstring>
-#include <numeric>
+#include <optional>
 #include <string>
 
 #include "common/blas.h"
@@ -92,12 +92,12 @@ struct Work {
   std::vector<Call> calls;
   size_t batch = 0, groups = 1, d = 0, p = 0;  // d, p: columns of U and D
   bool bias = false;
-  const Window* window = nullptr;
+  std::optional<Window> window{};
   const int32_t* segments = nullptr;
   size_t units = 0;
 
   Work(const Arrays& in, const Ghost& g, bool segmented) : batch(in[0].shape(0)), groups(g.groups), bias(g.bias) {
-    window = g.window.empty() ? nullptr : g.window.data();
+    if (!g.window.empty()) window = g.window[0];
     for (int i = 0; i < g.calls; i++) {
       Call c{Side(in[i], g.groups), Side(in[g.calls + i], g.groups)};
       if (g.masked) c.mask = in[2 * g.calls + i].data<bool>();
@@ -411,7 +411,6 @@ mx::array ghost_sq_norms(const Arrays& x, const Arrays& dy, const Arrays& mask, 
 
 void GhostSqNorms::cpu(const Arrays& in, Arrays& out) {
   allocate(out);
-  // The window of `ghost_` outlives the task: MLX keeps a primitive until its outputs are there.
   mx::cpu::get_command_encoder(stream()).dispatch(
       [w = Work(in, ghost_, segmented_), method = ghost_.method, y = out[0].data<float>()] { sq_norms(w, method, y); });
 }

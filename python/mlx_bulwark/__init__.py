@@ -3,6 +3,18 @@
 from . import _native
 from ._native import backend
 from .ops.clip import ClipFactors, ClippedNorms, clip_and_sum, clip_factors, clipped_sum, sample_sq_norms
+from .ops.ghost import (
+    LayerGradients,
+    conv_clipped_sum,
+    conv_sample_grads,
+    conv_sq_norms,
+    embedding_clipped_sum,
+    embedding_linear_products,
+    embedding_sq_norms,
+    linear_clipped_sum,
+    linear_sample_grads,
+    linear_sq_norms,
+)
 from .ops.noise import (
     add_gaussian,
     advance_counter,
@@ -35,6 +47,7 @@ __all__ = [
     "ClipFactors",
     "ClippedGradients",
     "ClippedNorms",
+    "LayerGradients",
     "PrivacyEngine",
     "PrivacyError",
     "PrivateOptimizer",
@@ -48,9 +61,18 @@ __all__ = [
     "clip_factors",
     "clipped_sum",
     "compute_epsilon",
+    "conv_clipped_sum",
+    "conv_sample_grads",
+    "conv_sq_norms",
+    "embedding_clipped_sum",
+    "embedding_linear_products",
+    "embedding_sq_norms",
     "find_noise_multiplier",
     "gaussian",
     "key_from_seed",
+    "linear_clipped_sum",
+    "linear_sample_grads",
+    "linear_sq_norms",
     "random_bits",
     "random_key",
     "sample_sq_norms",

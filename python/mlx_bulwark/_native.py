@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -25,7 +25,7 @@ else:
 BACKENDS = ("auto", "native", "reference", "metal-sim")
 
 Stream = mx.Stream | mx.Device | mx.DeviceType | None
-ReferenceFunction = Callable[[list[mx.array], Any], list[mx.array]]
+ReferenceFunction = Callable[..., list[mx.array]]
 
 
 class Backend(NamedTuple):
@@ -96,7 +96,26 @@ def _load() -> str | None:
         _ext.set_reference(name, f)
     globals()["ext"] = _ext
     _loaded = True
+    _load_blas()
     return None
+
+
+def _load_blas() -> None:
+    """Give the extension a fast matrix product: Accelerate on macOS, scipy-openblas32 elsewhere."""
+    if sys.platform == "darwin":
+        ext.load_blas("/System/Library/Frameworks/Accelerate.framework/Accelerate", "")
+        return
+    with suppress(ImportError):
+        import scipy_openblas32
+
+        folder = scipy_openblas32.get_lib_dir()
+        ext.load_blas(os.path.join(folder, scipy_openblas32.get_library(fullname=True)), "scipy_")
+
+
+def _reason() -> str:
+    if ext.has_blas():
+        return "the extension is loaded"
+    return "the extension is loaded, but no BLAS: matrix products are slower; `pip install scipy-openblas32` brings one"
 
 
 def _install_mlx(version: str) -> str:
@@ -133,9 +152,7 @@ def use(name: str) -> None:
         _simulator(ext)
     if _loaded and sys.platform != "darwin":
         ext.sim_enable(name == "metal-sim")
-    _state = (
-        Backend("reference", why) if why else Backend("native" if name == "auto" else name, "the extension is loaded")
-    )
+    _state = Backend("reference", why) if why else Backend("native" if name == "auto" else name, _reason())
 
 
 @contextmanager
@@ -168,7 +185,10 @@ def use_from_environment() -> None:
 
 
 def reference(name: str) -> Callable[[ReferenceFunction], ReferenceFunction]:
-    """Make ``f(arrays, stream) -> [array]`` the derivative and the vmap of the primitive ``name``."""
+    """Make ``f(arrays, stream) -> [array]`` the derivative and the vmap of the primitive ``name``.
+
+    A primitive with parameters beyond its inputs gives them as JSON: ``f(arrays, stream, parameters)``.
+    """
 
     def register(f: ReferenceFunction) -> ReferenceFunction:
         _references[name] = f
