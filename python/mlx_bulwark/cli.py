@@ -1,9 +1,10 @@
 """The command ``mlx-bulwark``. Its imports are lazy: typer, rich and the demo's packages come with extras."""
 
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from . import __version__
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from .demo import DemoOptions, Figures
     from .demo.progress import Stop
     from .doctor import Report
+    from .privacy import AuditReport
 
 INTERRUPTED = 130  # as shells count: 128 + SIGINT
 
@@ -28,6 +30,17 @@ DOCTOR_HELP = """Look at this installation, and run every kernel on this machine
 Kernels run on the CPU, on the GPU where there is Metal, and in the Metal simulator if its folder is given.
 
 Exit codes: 0 all that ran is right, 1 something is off, 2 an option cannot be used."""
+
+AUDIT_HELP = """Try to prove that training leaks more than its accounted epsilon; print a lower bound on epsilon.
+
+Without SCRIPT the engine of this installation is audited white-box, in full batches, at the epsilon asked for: each \
+canary's gradient is one-hot, a fair coin includes it, and the attacker reads its parameter off the trained model. \
+With SCRIPT, a Python file that defines train(data) -> (model, engine), data, canaries and loss_fn(model, *arrays), \
+that training is audited black-box, by the canaries' losses, as mlx_bulwark.privacy.audit_privacy documents.
+
+Exit codes: 0 not refuted, 1 a package is missing or a file cannot be written, 2 an option cannot be used, 3 the \
+accounted epsilon is refuted, 130 interrupted."""
+REFUTED = 3
 
 
 def main() -> None:
@@ -128,7 +141,93 @@ def _app() -> "typer.Typer":
             _tell(report)
         sys.exit(not report.ok)
 
+    @app.command(name="audit-privacy", help=AUDIT_HELP)
+    def audit_privacy(
+        script: Annotated[
+            Path | None, typer.Argument(metavar="[SCRIPT]", help="Audit this training.", show_default=False)
+        ] = None,
+        epsilon: Annotated[float, typer.Option(help="Accounted epsilon of the engine; without SCRIPT.")] = 3.0,
+        delta: Annotated[float, typer.Option(help="Delta of the bound and of the accounted epsilon.")] = 1e-5,
+        canaries: Annotated[int, typer.Option(help="Number of canaries; without SCRIPT.")] = 5000,
+        steps: Annotated[int, typer.Option(help="Optimizer steps; without SCRIPT.")] = 10,
+        confidence: Annotated[float, typer.Option(help="Probability with which the lower bound holds.")] = 0.95,
+        guesses: Annotated[
+            int | None,
+            typer.Option(
+                help="Number of canaries to guess about. Default: seven numbers that share the error.",
+                show_default=False,
+            ),
+        ] = None,
+        shadow_models: Annotated[int, typer.Option(help="Further trainings for the attacker; with SCRIPT.")] = 0,
+        seed: Annotated[
+            int | None, typer.Option(help="Seed of the coins. Default: fresh ones.", show_default=False)
+        ] = None,
+        json: Annotated[
+            Path | None,
+            typer.Option(metavar="FILE", help="Write all figures to this file as well.", show_default=False),
+        ] = None,
+        plot: Annotated[
+            Path | None,
+            typer.Option(metavar="FILE", help="Draw scores and bounds into this PNG file.", show_default=False),
+        ] = None,
+    ) -> None:
+        from .privacy import PrivacyEngine, audit_engine
+        from .privacy import audit_privacy as audit_training
+
+        def audit() -> "AuditReport":
+            if script is not None:
+                return audit_training(
+                    *_script(script),
+                    delta=delta,
+                    confidence=confidence,
+                    guesses=guesses,
+                    shadow_models=shadow_models,
+                    seed=seed,
+                )
+            engine = PrivacyEngine.for_epsilon(
+                epsilon, delta, canaries, steps=steps, sample_rate=1.0, max_grad_norm=1.0
+            )
+            return audit_engine(engine, canaries=canaries, confidence=confidence, guesses=guesses, seed=seed)
+
+        if plot is not None:
+            _require("demo", "matplotlib")
+        try:
+            sys.exit(_audit(audit, json, plot))
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+
     return app
+
+
+def _script(path: Path) -> list[Any]:
+    """Run the file and return what it defines for an audit."""
+    import runpy
+
+    if not path.is_file():
+        _fail(f"SCRIPT must be a Python file but is {path}", code=2)
+    defined = runpy.run_path(str(path))
+    names = ("train", "data", "canaries", "loss_fn")
+    if missing := [name for name in names if name not in defined]:
+        _fail(f"SCRIPT must define train, data, canaries and loss_fn but has no {' and no '.join(missing)}", code=2)
+    return [defined[name] for name in names]
+
+
+def _audit(audit: "Callable[[], AuditReport]", json: Path | None, plot: Path | None) -> int:
+    try:
+        report = audit()
+    except ValueError as e:
+        _fail(str(e), code=2)
+    print(report)
+    try:
+        if plot is not None:
+            report.plot(plot)
+            print(f"picture       {plot}")
+        if json is not None:
+            report.write_json(json)
+            print(f"figures       {json}")
+    except OSError as e:
+        _fail(f"{e.filename} cannot be written: {e.strerror}", code=1)
+    return REFUTED if report.violated else 0
 
 
 def _tell(report: "Report") -> None:

@@ -15,6 +15,7 @@ import mlx.optimizers as optim
 import mlx_bulwark as bw
 import numpy as np
 import pytest
+from mlx_bulwark.cli import main
 from mlx_bulwark.privacy import audit_engine, audit_privacy, one_run_epsilon
 from mlx_bulwark.privacy.audit import _attack, _likelihood_ratios
 from mlx_bulwark.privacy.one_run import one_run_bounds, p_value, plan_guesses
@@ -372,3 +373,59 @@ def test_arguments():
         audit_privacy(train, labelled(9, 0), labelled(20, 0), cross_entropy)
     with pytest.raises(ValueError, match="20 of 20 are not"):
         audit_privacy(train, labelled(9, 0), labelled(20, 0), lambda m, x, y: x.sum(1) * mx.nan, delta=1e-5)
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["mlx-bulwark", "audit-privacy", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return end.value.code or 0
+
+
+def test_command_audits_the_engine(monkeypatch, capsys, tmp_path):
+    figures, picture = tmp_path / "audit.json", tmp_path / "audit.png"
+    options = ("--epsilon", 8, "--canaries", 1000, "--steps", 2, "--json", figures, "--plot", picture)
+    assert command(monkeypatch, *options) == 0
+    out = capsys.readouterr().out
+    found = json.loads(figures.read_text())
+    assert f"epsilon >= {found['epsilon']:.2f} with 95 % confidence at delta 1e-05" in out
+    assert "accounted     epsilon <= 8.00" in out
+    assert "not an estimate of epsilon" in out
+    assert picture.stat().st_size > 10_000
+
+
+def test_command_audits_a_script_and_says_by_its_exit_code_what_it_found(monkeypatch, capsys, tmp_path):
+    script = tmp_path / "training.py"
+    script.write_text(
+        """
+import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim, mlx_bulwark as bw, numpy as np
+
+rng = np.random.default_rng(0)
+x, y = rng.standard_normal((300, 20)).astype(np.float32), rng.integers(0, 2, 300)
+data, canaries = (x[:100], y[:100]), (x[100:], y[100:])
+
+def loss_fn(model, x, y):
+    return nn.losses.cross_entropy(model(x), y, reduction="none")
+
+def train(data):  # claims a privacy that it does not have
+    mx.random.seed(0)
+    model, optimizer = nn.Sequential(nn.Linear(20, 256), nn.ReLU(), nn.Linear(256, 2)), optim.Adam(0.01)
+    grad = nn.value_and_grad(model, lambda *b: loss_fn(model, *b).mean())
+    for _ in range(60):
+        optimizer.update(model, grad(*map(mx.array, data))[1])
+    return model, bw.PrivacyEngine(len(data[0]), sample_rate=0.1, noise_multiplier=1.0, max_grad_norm=1.0)
+"""
+    )
+    assert command(monkeypatch, script, "--seed", 1) == 3
+    assert "REFUTED" in capsys.readouterr().out
+    script.write_text("data = train = None")
+    assert command(monkeypatch, script) == 2
+    assert "has no canaries and no loss_fn" in capsys.readouterr().err
+
+
+def test_command_refuses_what_it_cannot_use(monkeypatch, capsys, tmp_path):
+    assert command(monkeypatch, "--canaries", 5) == 2
+    assert "[audit_engine] canaries must be at least 10 but is 5" in capsys.readouterr().err
+    assert command(monkeypatch, tmp_path / "nowhere.py") == 2
+    assert command(monkeypatch, "--canaries", 20, "--steps", 1, "--json", tmp_path / "a" / "b.json") == 1
+    assert "cannot be written: No such file" in capsys.readouterr().err

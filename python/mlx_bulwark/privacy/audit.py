@@ -225,7 +225,8 @@ def audit_engine(
         loss_fn: its loss, as for ``engine.value_and_grad``.
         data: its examples, an array or a tuple of arrays. ``engine.dataset_size`` must be at least examples plus
             canaries; what is left are rows that never take part.
-        canaries: number m of canaries. They can prove an epsilon of about log(m / 6) at the most.
+        canaries: number m of canaries. They can prove an epsilon of about log(m / 6) at the most, and less
+            where m * delta is not small: the report's ceiling.
         steps: number of optimizer steps; default: the engine's planned ones.
         delta: delta of the guarantee; default: the engine's.
         confidence: probability with which the lower bound holds.
