@@ -2,27 +2,52 @@
 using namespace metal;
 #include "normals.metal"
 
-constant bool has_norms [[function_constant(0)]];  // factors come from partial norms, not from the host
+constant bool has_norms [[function_constant(0)]];  // factors come from norms, not from the host
 constant bool has_noise [[function_constant(1)]];
 constant bool has_mask [[function_constant(2)]];
 constant bool automatic [[function_constant(3)]];
+constant bool has_sums [[function_constant(4)]];
 
 // Up to 8 leaves a call. What the host says of leaf i stands at leaves[8 i]:
 constant uint SIZE = 0u;         // values of one sample
-constant uint TYPE = 1u;         // 0 float32, 1 float16, 2 bfloat16; + 4 where four values may be loaded at once
+constant uint TYPE = 1u;         // 0 float32, 1 float16, 2 bfloat16
 constant uint FIRST_GROUP = 2u;  // of the threadgroups that are this leaf's
 constant uint CHUNK = 3u;        // norms: values in a chunk
 constant uint CHUNKS = 4u;       // norms: chunks of one sample
 constant uint PARTIAL = 5u;      // norms: number of the first chunk among those of all leaves
-constant uint COLUMNS = 3u;      // sums: quads of columns of a threadgroup
+constant uint QUADS = 3u;        // sums: quads of columns of a threadgroup
 constant uint SLICES = 4u;       // sums: so many threads share the samples of a column
 constant uint TILE = 5u;         // sums: first tile of its noise
 constant uint OUTPUT = 6u;       // sums: number of the array that takes them
-constant uint AT = 7u;           // sums: where in that array they begin
+constant uint AT = 7u;           // sums: where in that array they begin; short samples: the leaf's first column
 
 constant uint NORM_THREADS = 512u;
 constant uint SUM_THREADS = 480u;
-constant uint SMALL = 1024u;  // a chunk of so many values is one simdgroup's
+constant uint SHORT_THREADS = 512u;
+constant uint SMALL = 1024u;      // a chunk of so many values is one simdgroup's
+constant uint EACH = 6u;          // columns of short samples that a thread adds
+constant uint HELD = 6144u;       // values of short samples that a threadgroup holds
+constant uint MOST_HELD = 1024u;  // samples that it holds
+
+inline device const uchar* data_of(
+    uint leaf, device const uchar* g0, device const uchar* g1, device const uchar* g2, device const uchar* g3,
+    device const uchar* g4, device const uchar* g5, device const uchar* g6, device const uchar* g7) {
+  return leaf == 0u ? g0 : leaf == 1u ? g1 : leaf == 2u ? g2 : leaf == 3u ? g3 : leaf == 4u ? g4
+       : leaf == 5u ? g5 : leaf == 6u ? g6 : g7;
+}
+
+inline device float* sum_of(
+    constant uint* what, device float* y0, device float* y1, device float* y2, device float* y3, device float* y4,
+    device float* y5, device float* y6, device float* y7) {
+  uint output = what[OUTPUT];
+  return output == 0u ? y0 : output == 1u ? y1 : output == 2u ? y2 : output == 3u ? y3 : output == 4u ? y4
+       : output == 5u ? y5 : output == 6u ? y6 : y7;
+}
+
+// Four values with one load: rows of odd length are aligned to no more than a value.
+inline float4 quad(device const float* x) { return float4(*(device const packed_float4*)x); }
+inline float4 quad(device const half* x) { return float4(half4(*(device const packed_half4*)x)); }
+inline float4 quad(device const bfloat* x) { return float4(bfloat4(*(device const packed_bfloat4*)x)); }
 
 inline uint leaf_of(constant uint* leaves, uint count, uint group) {
   uint leaf = 0u;
@@ -48,44 +73,34 @@ inline float total(Sum sum) {  // lost is NaN after an overflow
 }
 
 template <typename T>
-inline float sum_of_squares(device const T* x, uint n, bool wide, uint t, uint threads) {
+inline float sum_of_squares(device const T* x, uint n, uint t, uint threads) {
   Sum sum;
   sum.value = 0.0f;
   sum.lost = 0.0f;
-  uint i = t;
-  if (wide) {
-    device const vec<T, 4>* quads = (device const vec<T, 4>*)x;
-    uint count = n / 4u;
-    for (; i + 3u * threads < count; i += 4u * threads) {
-      float4 a = float4(quads[i]), b = float4(quads[i + threads]);
-      float4 c = float4(quads[i + 2u * threads]), d = float4(quads[i + 3u * threads]);
-      float4 s = fma(a, a, b * b) + fma(c, c, d * d);
-      add(sum, (s.x + s.y) + (s.z + s.w));
-    }
-    for (; i < count; i += threads) {
-      float4 a = float4(quads[i]);
-      float4 s = a * a;
-      add(sum, (s.x + s.y) + (s.z + s.w));
-    }
-  } else {
-    for (; i + 3u * threads < n; i += 4u * threads) {
-      float a = float(x[i]), b = float(x[i + threads]), c = float(x[i + 2u * threads]), d = float(x[i + 3u * threads]);
-      add(sum, fma(a, a, b * b) + fma(c, c, d * d));
-    }
-    for (; i < n; i += threads) {
-      float a = float(x[i]);
-      add(sum, a * a);
-    }
+  uint i = t, quads = n / 4u;
+  for (; i + 3u * threads < quads; i += 4u * threads) {
+    float4 a = quad(x + 4u * i), b = quad(x + 4u * (i + threads));
+    float4 c = quad(x + 4u * (i + 2u * threads)), d = quad(x + 4u * (i + 3u * threads));
+    float4 s = fma(a, a, b * b) + fma(c, c, d * d);
+    add(sum, (s.x + s.y) + (s.z + s.w));
+  }
+  for (; i < quads; i += threads) {
+    float4 a = quad(x + 4u * i);
+    float4 s = a * a;
+    add(sum, (s.x + s.y) + (s.z + s.w));
+  }
+  if (4u * quads + t < n) {
+    float a = float(x[4u * quads + t]);
+    add(sum, a * a);
   }
   return total(sum);
 }
 
 inline float sum_of_squares(device const uchar* x, uint type, ulong start, uint n, uint t, uint threads) {
-  bool wide = type >= 4u;
-  switch (type & 3u) {
-    case 0u: return sum_of_squares((device const float*)x + start, n, wide, t, threads);
-    case 1u: return sum_of_squares((device const half*)x + start, n, wide, t, threads);
-    default: return sum_of_squares((device const bfloat*)x + start, n, wide, t, threads);
+  switch (type) {
+    case 0u: return sum_of_squares((device const float*)x + start, n, t, threads);
+    case 1u: return sum_of_squares((device const half*)x + start, n, t, threads);
+    default: return sum_of_squares((device const bfloat*)x + start, n, t, threads);
   }
 }
 
@@ -106,8 +121,7 @@ inline float sum_of_squares(device const uchar* x, uint type, ulong start, uint 
   if (small) unit = unit * (NORM_THREADS / 32u) + sg;  // there is one chunk, and each simdgroup has a sample
   uint sample = unit / chunks, chunk = unit % chunks, begin = chunk * chunk_size;
   uint n = sample < batch ? min(chunk_size, size - begin) : 0u;
-  device const uchar* g = leaf == 0u ? g0 : leaf == 1u ? g1 : leaf == 2u ? g2 : leaf == 3u ? g3 : leaf == 4u ? g4
-                        : leaf == 5u ? g5 : leaf == 6u ? g6 : g7;
+  device const uchar* g = data_of(leaf, g0, g1, g2, g3, g4, g5, g6, g7);
   float sum = sum_of_squares(
       g, what[TYPE], ulong(sample) * size + begin, n, small ? lane : t, small ? 32u : NORM_THREADS);
   sum = simd_sum(sum);
@@ -154,39 +168,44 @@ inline float clip_factor(float sq_norm, float max_grad_norm) {
 // Adds the samples first, first + slices, ... of a block times their factors to four columns.
 template <typename T>
 inline float4 add_samples(
-    float4 sum, device const T* x, uint size, uint column, uint step, bool wide, threadgroup const float* factors,
-    uint first, uint slices, uint samples) {
-  if (wide && column < size) {
+    float4 sum, device const T* x, uint size, uint column, threadgroup const float* factors, uint first, uint slices,
+    uint samples) {
+  if (column + 4u <= size) {
     for (uint i = first; i < samples; i += slices) {
       float f = factors[i];
-      if (f != 0.0f) sum = fma(float4(f), float4(*(device const vec<T, 4>*)(x + ulong(i) * size + column)), sum);
+      if (f != 0.0f) sum = fma(float4(f), quad(x + ulong(i) * size + column), sum);  // a refused sample may hold NaN
     }
-  } else if (!wide) {
+  } else {
     for (uint i = first; i < samples; i += slices) {
       float f = factors[i];
-      if (f == 0.0f) continue;  // a refused sample may hold NaN
-      device const T* row = x + ulong(i) * size;
-      for (uint k = 0u; k < 4u; k++)
-        if (column + k * step < size) sum[k] = fma(f, float(row[column + k * step]), sum[k]);
+      if (f == 0.0f) continue;
+      for (uint k = 0u; column + k < size; k++) sum[k] = fma(f, float(x[ulong(i) * size + column + k]), sum[k]);
     }
   }
   return sum;
 }
 
 inline float4 add_samples(
-    float4 sum, device const uchar* x, uint type, ulong start, uint size, uint column, uint step,
-    threadgroup const float* factors, uint first, uint slices, uint samples) {
-  bool wide = type >= 4u;
-  switch (type & 3u) {
+    float4 sum, device const uchar* x, uint type, ulong start, uint size, uint column, threadgroup const float* factors,
+    uint first, uint slices, uint samples) {
+  switch (type) {
     case 0u:
-      return add_samples(
-          sum, (device const float*)x + start, size, column, step, wide, factors, first, slices, samples);
+      return add_samples(sum, (device const float*)x + start, size, column, factors, first, slices, samples);
     case 1u:
-      return add_samples(
-          sum, (device const half*)x + start, size, column, step, wide, factors, first, slices, samples);
+      return add_samples(sum, (device const half*)x + start, size, column, factors, first, slices, samples);
     default:
-      return add_samples(
-          sum, (device const bfloat*)x + start, size, column, step, wide, factors, first, slices, samples);
+      return add_samples(sum, (device const bfloat*)x + start, size, column, factors, first, slices, samples);
+  }
+}
+
+// scratch[i] = sum of scratch[i], scratch[row + i], ... over the slices.
+inline void add_slices(threadgroup float* scratch, uint row, uint slices, uint t, uint threads) {
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint held = slices; held > 1u;) {
+    uint kept = (held + 1u) / 2u;
+    for (uint i = t; i < (held - kept) * row; i += threads) scratch[i] += scratch[kept * row + i];
+    held = kept;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
   }
 }
 
@@ -212,17 +231,10 @@ inline float4 add_samples(
   threadgroup int refused[SUM_THREADS / 32u];
   uint leaf = leaf_of(leaves, count, group);
   constant uint* what = leaves + 8u * leaf;
-  uint size = what[SIZE], columns = what[COLUMNS], slices = what[SLICES], type = what[TYPE];
-  bool wide = type >= 4u;
-  device const uchar* g = leaf == 0u ? g0 : leaf == 1u ? g1 : leaf == 2u ? g2 : leaf == 3u ? g3 : leaf == 4u ? g4
-                        : leaf == 5u ? g5 : leaf == 6u ? g6 : g7;
-  uint output = what[OUTPUT];
-  device float* y = output == 0u ? y0 : output == 1u ? y1 : output == 2u ? y2 : output == 3u ? y3 : output == 4u ? y4
-                  : output == 5u ? y5 : output == 6u ? y6 : y7;
-  y += what[AT];
-  uint slice = t / columns, quad = t % columns, step = wide ? 1u : columns;
-  uint offset = wide ? 4u * quad : quad;  // this thread's columns: offset + k * step, counted from first
-  uint first = (group - what[FIRST_GROUP]) * 4u * columns;
+  uint size = what[SIZE], quads = what[QUADS], slices = what[SLICES], row = 4u * quads;
+  device const uchar* g = data_of(leaf, g0, g1, g2, g3, g4, g5, g6, g7);
+  device float* y = sum_of(what, y0, y1, y2, y3, y4, y5, y6, y7) + what[AT];
+  uint slice = t / quads, offset = 4u * (t % quads), first = (group - what[FIRST_GROUP]) * row;
   int bad = 0;
   float4 sum = float4(0.0f);
   for (uint block = 0u; block < batch; block += SUM_THREADS) {
@@ -247,7 +259,8 @@ inline float4 add_samples(
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (slice < slices)
-      sum = add_samples(sum, g, type, ulong(block) * size, size, first + offset, step, scratch, slice, slices, samples);
+      sum = add_samples(
+          sum, g, what[TYPE], ulong(block) * size, size, first + offset, scratch, slice, slices, samples);
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
   if (has_norms && group == 0u) {
@@ -257,26 +270,174 @@ inline float4 add_samples(
     bad = simd_sum(lane < SUM_THREADS / 32u ? refused[lane] : 0);
     if (t == 0u) num_refused[0] = bad;
   }
-  uint row = 4u * columns;
   if (slice < slices)
-    for (uint k = 0u; k < 4u; k++) scratch[slice * row + offset + k * step] = sum[k];
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (uint held = slices; held > 1u;) {
-    uint kept = (held + 1u) / 2u;
-    for (uint i = t; i < (held - kept) * row; i += SUM_THREADS) scratch[i] += scratch[kept * row + i];
-    held = kept;
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-  }
+    for (uint k = 0u; k < 4u; k++) scratch[slice * row + offset + k] = sum[k];
+  add_slices(scratch, row, slices, t, SUM_THREADS);
+  uint end = min(first + row, size);
   if (!has_noise) {
-    for (uint i = t; i < row; i += SUM_THREADS)
-      if (first + i < size) y[first + i] = scratch[i];
+    for (uint i = first + t; i < end; i += SUM_THREADS) y[i] = scratch[i - first];
     return;
   }
-  uint tile = first / NORMALS_PER_TILE + sg, at = sg * NORMALS_PER_TILE + lane;
-  if (sg * NORMALS_PER_TILE >= row || first + sg * NORMALS_PER_TILE >= size) return;
+  uint tile = first / NORMALS_PER_TILE + sg, at = tile * NORMALS_PER_TILE;
+  if (at >= end) return;
   float sigma = valid_sigma(sigma_given);
   float z[10];
   block_normals(key, counter, uint2(1u, 0u), (ulong(what[TILE]) + tile) * 32u + lane, z);
+  at += lane;
   for (uint j = 0u; j < 10u; j++, at += 32u)
-    if (first + at < size && at < row) y[first + at] = is_zero(sigma) ? scratch[at] : fma(sigma, z[j], scratch[at]);
+    if (at >= first && at < end) {
+      float value = scratch[at - first];
+      y[at] = is_zero(sigma) ? value : fma(sigma, z[j], value);
+    }
+}
+
+// ---- Short samples: all leaves of a sample fit into threadgroup memory, so that gradients are read once
+
+template <typename T>
+inline void hold(device const T* x, uint n, threadgroup float* to, uint t) {
+  for (uint i = t; i < n / 4u; i += SHORT_THREADS) {
+    float4 values = quad(x + 4u * i);
+    for (uint k = 0u; k < 4u; k++) to[4u * i + k] = values[k];
+  }
+  uint i = n / 4u * 4u + t;
+  if (i < n) to[i] = float(x[i]);
+}
+
+inline void hold(device const uchar* x, uint type, ulong start, uint n, threadgroup float* to, uint t) {
+  switch (type) {
+    case 0u: return hold((device const float*)x + start, n, to, t);
+    case 1u: return hold((device const half*)x + start, n, to, t);
+    default: return hold((device const bfloat*)x + start, n, to, t);
+  }
+}
+
+inline uint leaf_at(constant uint* leaves, uint count, uint column) {
+  uint leaf = 0u;
+  for (uint i = 1u; i < count; i++)
+    if (column >= leaves[8u * i + AT]) leaf = i;
+  return leaf;
+}
+
+// Norms, factors and, in partial[group], the clipped sum of a threadgroup's `rows` samples. It holds `tile` samples at a
+// time, leaf by leaf.
+[[kernel]] [[max_total_threads_per_threadgroup(512)]] void clip_short(
+    device const uchar* g0 [[buffer(0)]], device const uchar* g1 [[buffer(1)]], device const uchar* g2 [[buffer(2)]],
+    device const uchar* g3 [[buffer(3)]], device const uchar* g4 [[buffer(4)]], device const uchar* g5 [[buffer(5)]],
+    device const uchar* g6 [[buffer(6)]], device const uchar* g7 [[buffer(7)]], constant uint* leaves [[buffer(8)]],
+    constant uint& count [[buffer(9)]], constant uint& batch [[buffer(10)]], constant uint& rows [[buffer(11)]],
+    constant uint& tile [[buffer(12)]], constant uint& columns [[buffer(13)]], constant uint& width [[buffer(14)]],
+    device const float* given [[buffer(15)]], constant float& max_grad_norm [[buffer(16)]],
+    device const uchar* mask [[buffer(17)]], device float* norms [[buffer(18)]], device float* factors [[buffer(19)]],
+    device int* refused [[buffer(20)]], device float* partial [[buffer(21)]],
+    uint group [[threadgroup_position_in_grid]], uint t [[thread_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]], uint sg [[simdgroup_index_in_threadgroup]]) {
+  threadgroup float held[HELD];
+  threadgroup float scale[MOST_HELD];
+  threadgroup int bad_of[SHORT_THREADS / 32u];
+  uint slices = max(SHORT_THREADS / columns, 1u), slice = columns < SHORT_THREADS ? t / columns : 0u;
+  uint first = columns < SHORT_THREADS ? t % columns : t;  // this thread's columns: first + k * SHORT_THREADS
+  uint at[EACH], step[EACH];
+  for (uint k = 0u; k < EACH; k++) {
+    uint column = first + k * SHORT_THREADS;
+    if (column >= columns) continue;
+    constant uint* what = leaves + 8u * leaf_at(leaves, count, column);
+    at[k] = tile * what[AT] + column - what[AT];
+    step[k] = what[SIZE];
+  }
+  int bad = 0;
+  float sum[EACH];
+  for (uint k = 0u; k < EACH; k++) sum[k] = 0.0f;
+  uint end = min(batch, (group + 1u) * rows);
+  for (uint block = group * rows; block < end; block += tile) {
+    uint samples = min(tile, end - block);
+    for (uint leaf = 0u; leaf < count; leaf++) {
+      constant uint* what = leaves + 8u * leaf;
+      hold(data_of(leaf, g0, g1, g2, g3, g4, g5, g6, g7), what[TYPE], ulong(block) * what[SIZE], samples * what[SIZE],
+           held + tile * what[AT], t);
+    }
+    if (!has_norms)
+      for (uint i = t; i < samples; i += SHORT_THREADS) scale[i] = given[block + i];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint start = 0u; has_norms && start < samples; start += SHORT_THREADS / width) {
+      uint i = start + t / width;
+      float norm = 0.0f;
+      for (uint leaf = 0u; i < samples && leaf < count; leaf++) {
+        constant uint* what = leaves + 8u * leaf;
+        threadgroup const float* row = held + tile * what[AT] + i * what[SIZE];
+        for (uint c = t % width; c < what[SIZE]; c += width) norm = fma(row[c], row[c], norm);
+      }
+      for (uint distance = width / 2u; distance > 0u; distance /= 2u) norm += simd_shuffle_xor(norm, ushort(distance));
+      if (i >= samples || t % width != 0u) continue;
+      norms[block + i] = norm;
+      if (!has_sums) continue;
+      bool counts = !has_mask || mask[block + i] != 0u;
+      float f = counts && is_finite(norm) ? clip_factor(norm, max_grad_norm) : 0.0f;
+      factors[block + i] = scale[i] = f;
+      bad += counts && !is_finite(norm) ? 1 : 0;
+    }
+    if (has_norms && has_sums) threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint i = slice; has_sums && slice < slices && i < samples; i += slices) {
+      float f = scale[i];
+      if (f == 0.0f) continue;
+      for (uint k = 0u; k < EACH; k++)
+        if (first + k * SHORT_THREADS < columns) sum[k] = fma(f, held[at[k] + i * step[k]], sum[k]);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  if (!has_sums) return;
+  if (slice < slices)
+    for (uint k = 0u; k < EACH; k++)
+      if (first + k * SHORT_THREADS < columns) held[slice * columns + first + k * SHORT_THREADS] = sum[k];
+  bad = simd_sum(bad);
+  if (lane == 0u) bad_of[sg] = bad;
+  add_slices(held, columns, slices, t, SHORT_THREADS);
+  for (uint column = t; column < columns; column += SHORT_THREADS)
+    partial[ulong(group) * columns + column] = held[column];
+  if (!has_norms) return;
+  bad = simd_sum(lane < SHORT_THREADS / 32u ? bad_of[lane] : 0);
+  if (t == 0u) refused[group] = bad;
+}
+
+// Normal n of those that begin with a tile.
+inline float one_normal(constant uint* key, constant uint* counter, uint2 domain, uint tile, uint n) {
+  float z[10];
+  block_normals(key, counter, domain, (ulong(tile) + n / NORMALS_PER_TILE) * 32u + n % 32u, z);
+  float value = z[0];
+  for (uint j = 1u; j < 10u; j++)
+    if (n % NORMALS_PER_TILE / 32u == j) value = z[j];
+  return value;
+}
+
+// out[column] = sum of partial[group, column] over the groups (+ noise). A threadgroup has 32 columns.
+[[kernel]] void finish_short(
+    device const float* partial [[buffer(0)]], device float* y0 [[buffer(1)]], device float* y1 [[buffer(2)]],
+    device float* y2 [[buffer(3)]], device float* y3 [[buffer(4)]], device float* y4 [[buffer(5)]],
+    device float* y5 [[buffer(6)]], device float* y6 [[buffer(7)]], device float* y7 [[buffer(8)]],
+    constant uint* leaves [[buffer(9)]], constant uint& count [[buffer(10)]], constant uint& groups [[buffer(11)]],
+    constant uint& columns [[buffer(12)]], device const int* refused [[buffer(13)]],
+    device int* num_refused [[buffer(14)]], constant float& sigma_given [[buffer(15)]],
+    constant uint* key [[buffer(16)]], constant uint* counter [[buffer(17)]],
+    uint group [[threadgroup_position_in_grid]], uint t [[thread_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]], uint sg [[simdgroup_index_in_threadgroup]]) {
+  threadgroup float scratch[SHORT_THREADS];
+  uint column = group * 32u + lane;
+  float sum = 0.0f;
+  for (uint i = sg; column < columns && i < groups; i += SHORT_THREADS / 32u)
+    sum += partial[ulong(i) * columns + column];
+  scratch[t] = sum;
+  add_slices(scratch, 32u, SHORT_THREADS / 32u, t, SHORT_THREADS);
+  if (sg != 0u) return;
+  if (has_norms && group == 0u) {
+    int bad = 0;
+    for (uint i = lane; i < groups; i += 32u) bad += refused[i];
+    bad = simd_sum(bad);
+    if (lane == 0u) num_refused[0] = bad;
+  }
+  if (column >= columns) return;
+  constant uint* what = leaves + 8u * leaf_at(leaves, count, column);
+  device float* y = sum_of(what, y0, y1, y2, y3, y4, y5, y6, y7);
+  column -= what[AT];
+  float value = scratch[lane], sigma = has_noise ? valid_sigma(sigma_given) : 0.0f;
+  if (!is_zero(sigma)) value = fma(sigma, one_normal(key, counter, uint2(1u, 0u), what[TILE], column), value);
+  y[column] = value;
 }

@@ -13,20 +13,21 @@
 #include "noise/normals.h"
 
 namespace bulwark {
+namespace {
 // Columns are the values of one sample over all leaves. How work is split depends on shapes alone, so that results do
 // not depend on the number of threads.
-static constexpr size_t LEAST_TASK_COLUMNS = 16 * NORMALS_PER_TILE;
-static constexpr size_t MOST_TASK_COLUMNS = 256 * NORMALS_PER_TILE;  // long runs: memory delivers them faster
-static constexpr size_t WANTED_TASKS = 8;
-static constexpr size_t FEW_COLUMNS = 65536;  // below it the batch is split too, in chunks of at least
-static constexpr size_t CHUNK_ROWS = 32;
-static constexpr size_t CHUNK_COLUMNS = 32768;  // times rows
-static constexpr size_t UNIT_BYTES = 1 << 20;
-static constexpr size_t GROUP_BYTES = 8 << 20;  // of rows that stay in the last-level cache from norm to sum
+constexpr size_t LEAST_TASK_COLUMNS = 16 * NORMALS_PER_TILE;
+constexpr size_t MOST_TASK_COLUMNS = 256 * NORMALS_PER_TILE;  // long runs: memory delivers them faster
+constexpr size_t WANTED_TASKS = 8;
+constexpr size_t FEW_COLUMNS = 65536;  // below it the batch is split too, in chunks of at least
+constexpr size_t CHUNK_ROWS = 32;
+constexpr size_t CHUNK_COLUMNS = 32768;  // times rows
+constexpr size_t UNIT_BYTES = 1 << 20;
+constexpr size_t GROUP_BYTES = 8 << 20;  // of rows that stay in the last-level cache from norm to sum
 
-static constexpr size_t MOST_OUTPUTS = 32;  // of one primitive; see SumOp
+constexpr size_t MOST_OUTPUTS = 32;  // of one primitive; see SumOp
 
-static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
 // What the sums get on top after the last row; nothing where sigma is null.
 struct Noise {
@@ -49,17 +50,15 @@ struct Noise {
   }
 };
 
-static size_t size_of(const mx::Shape& shape) {
+size_t size_of(const mx::Shape& shape) {
   size_t n = 1;
   for (auto d : shape) n *= d;
   return n;
 }
 
-static size_t columns_of(const mx::array& leaf) {
-  return size_of(mx::Shape(leaf.shape().begin() + 1, leaf.shape().end()));
-}
+size_t columns_of(const mx::array& leaf) { return size_of(mx::Shape(leaf.shape().begin() + 1, leaf.shape().end())); }
 
-static size_t columns_of(const Arrays& in, size_t leaves) {
+size_t columns_of(const Arrays& in, size_t leaves) {
   size_t n = 0;
   for (size_t i = 0; i < leaves; i++) n += columns_of(in[i]);
   return n;
@@ -128,7 +127,7 @@ struct Work {
 };
 
 // Adds the part of a task's columns to the squared norms of `rows` rows; parts is [batch, tasks].
-static void measure(const Work& w, size_t t, size_t from, size_t rows, std::vector<double>& parts) {
+void measure(const Work& w, size_t t, size_t from, size_t rows, std::vector<double>& parts) {
   for (size_t p = w.task[t]; p < w.task[t + 1]; p++) {
     auto& piece = w.pieces[p];
     auto& leaf = w.leaves[piece.leaf];
@@ -138,7 +137,7 @@ static void measure(const Work& w, size_t t, size_t from, size_t rows, std::vect
   }
 }
 
-static void finish(const Work& w, size_t from, size_t to, const std::vector<double>& parts, float* out) {
+void finish(const Work& w, size_t from, size_t to, const std::vector<double>& parts, float* out) {
   for (size_t r = from; r < to; r++) {
     double sum = 0;
     for (size_t t = 0; t < w.tasks(); t++) sum += parts[r * w.tasks() + t];
@@ -147,7 +146,7 @@ static void finish(const Work& w, size_t from, size_t to, const std::vector<doub
 }
 
 // Squared norms of the rows [from, to).
-static void sq_norms(const Work& w, size_t from, size_t to, std::vector<double>& parts, float* out) {
+void sq_norms(const Work& w, size_t from, size_t to, std::vector<double>& parts, float* out) {
   size_t rows = to - from, tasks = w.tasks();
   size_t step = std::max<size_t>(1, UNIT_BYTES * std::max<size_t>(tasks, 1) / std::max<size_t>(w.row_bytes, 1));
   parallel_for(ceil_div(rows, step) * tasks, [&](size_t unit) {
@@ -157,7 +156,7 @@ static void sq_norms(const Work& w, size_t from, size_t to, std::vector<double>&
   finish(w, from, to, parts, out);
 }
 
-static void add_rows(const Work& w, const Piece& piece, size_t from, size_t to, const float* factors, float* y) {
+void add_rows(const Work& w, const Piece& piece, size_t from, size_t to, const float* factors, float* y) {
   if (from == to) return;  // an empty batch has no data to point into
   auto& leaf = w.leaves[piece.leaf];
   BULWARK_PICK(clip_kernels)
@@ -166,7 +165,7 @@ static void add_rows(const Work& w, const Piece& piece, size_t from, size_t to, 
 }
 
 // Adds a task's columns of the rows [from, to), one after another, to what the rows before have left in the leaves' y.
-static void add_task(const Work& w, size_t t, size_t from, size_t to, const float* factors, const Noise& noise) {
+void add_task(const Work& w, size_t t, size_t from, size_t to, const float* factors, const Noise& noise) {
   for (size_t p = w.task[t]; p < w.task[t + 1]; p++) {
     auto& piece = w.pieces[p];
     auto& leaf = w.leaves[piece.leaf];
@@ -178,8 +177,8 @@ static void add_task(const Work& w, size_t t, size_t from, size_t to, const floa
 }
 
 // The same for whole chunks, whose sums are added one after another.
-static void add_chunks(const Work& w, size_t from, size_t to, const float* factors, std::vector<float>& scratch,
-                       const Noise& noise) {
+void add_chunks(const Work& w, size_t from, size_t to, const float* factors, std::vector<float>& scratch,
+                const Noise& noise) {
   size_t tasks = w.tasks(), chunks = ceil_div(to - from, w.chunk());
   scratch.assign(chunks * w.columns, 0.0f);
   parallel_for(chunks * tasks, [&](size_t unit) {
@@ -200,11 +199,13 @@ static void add_chunks(const Work& w, size_t from, size_t to, const float* facto
   });
 }
 
-static void add_to_sums(const Work& w, size_t from, size_t to, const float* factors, std::vector<float>& scratch,
-                        const Noise& noise) {
+void add_to_sums(const Work& w, size_t from, size_t to, const float* factors, std::vector<float>& scratch,
+                 const Noise& noise) {
   if (w.chunked()) return add_chunks(w, from, to, factors, scratch, noise);
   parallel_for(w.tasks(), [&](size_t t) { add_task(w, t, from, to, factors, noise); });
 }
+
+}  // namespace
 
 mx::array sample_sq_norms(const Arrays& grads, mx::StreamOrDevice sd) {
   auto s = mx::to_stream(sd);
@@ -340,6 +341,7 @@ Arrays clip_and_sum(const Arrays& grads, const mx::array& max_grad_norm, const s
   return build(op, in, grads, {mx::float32, mx::float32, mx::int32});
 }
 
+namespace {
 // Factors from norms, by the formula of clip_factors in ops/clip.py.
 struct Clip {
   float max_grad_norm;
@@ -368,14 +370,14 @@ struct Clip {
 };
 
 template <class Condition>
-static void wait_until(Condition holds) {
+void wait_until(Condition holds) {
   for (size_t spins = 0; !holds(); spins++)
     if (spins > 1000) std::this_thread::yield();
 }
 
 // While the norms of a group of rows are found, the group before is summed from the cache. Tasks are handed out in
 // order, and each waits only for tasks before it, so there is always one that can go on.
-static int clip_in_groups(const Work& w, const Clip& clip, float* norms, const Noise& noise) {
+int clip_in_groups(const Work& w, const Clip& clip, float* norms, const Noise& noise) {
   size_t rows = std::max<size_t>(1, GROUP_BYTES / w.row_bytes), groups = ceil_div(w.batch, rows), tasks = w.tasks();
   std::vector<double> parts(w.batch * tasks);
   std::vector<std::atomic<size_t>> measured(groups), summed(groups);
@@ -401,7 +403,7 @@ static int clip_in_groups(const Work& w, const Clip& clip, float* norms, const N
 }
 
 // The same for rows so short that the batch is split as well.
-static int clip_in_chunks(const Work& w, const Clip& clip, float* norms, const Noise& noise) {
+int clip_in_chunks(const Work& w, const Clip& clip, float* norms, const Noise& noise) {
   size_t rows = std::max<size_t>(1, GROUP_BYTES / std::max<size_t>(w.row_bytes, 1) / w.chunk()) * w.chunk(), from = 0;
   std::vector<double> parts(w.batch * w.tasks());
   std::vector<float> scratch;
@@ -415,6 +417,7 @@ static int clip_in_chunks(const Work& w, const Clip& clip, float* norms, const N
   } while (from < w.batch);
   return refused;
 }
+}  // namespace
 
 void ClipAndSum::cpu(const Arrays& in, Arrays& out) {
   allocate(out);

@@ -82,7 +82,7 @@ std::string failure(std::string reason) {
     if (c == '"' || c == '\\' || c < ' ') c = '\'';
   return R"({"library": "", "reports": [{"what": "the call could not run", "detail": ")" + reason +
          R"(", "where": "the host", "pc": 0, "threadgroup": [0, 0, 0], "thread": [0, 0, 0]}], "buffers": [], )" +
-         R"("threadgroup_bytes": 0})";
+         R"("threadgroup_bytes": 0, "threads": 0})";
 }
 }  // namespace
 

@@ -35,12 +35,23 @@ class NoiseOp : public Op {
   const Domain domain;
 };
 
-class Gaussian : public NoiseOp {
+// Base of those whose output has a shape of its own.
+class DrawOp : public NoiseOp {
+ public:
+  DrawOp(mx::Stream s, mx::Shape shape, Domain domain) : NoiseOp(s, domain), shape_(std::move(shape)) {}
+  std::vector<mx::Shape> output_shapes(const Arrays&) override { return {shape_}; }
+
+ protected:
+  std::vector<int64_t> parameters() const override;
+
+  const mx::Shape shape_;
+};
+
+class Gaussian : public DrawOp {
  public:
   Gaussian(mx::Stream s, mx::Shape shape, mx::Dtype dtype, Domain domain)
-      : NoiseOp(s, domain), shape_(std::move(shape)), dtype_(dtype) {}
+      : DrawOp(s, std::move(shape), domain), dtype_(dtype) {}
   const char* name() const override { return "gaussian"; }
-  std::vector<mx::Shape> output_shapes(const Arrays&) override { return {shape_}; }
 
  protected:
   void cpu(const Arrays&, Arrays&) override;
@@ -48,7 +59,6 @@ class Gaussian : public NoiseOp {
   std::vector<int64_t> parameters() const override;
 
  private:
-  const mx::Shape shape_;
   const mx::Dtype dtype_;
 };
 
@@ -71,18 +81,13 @@ class AddGaussian : public NoiseOp {
   const size_t first_tile_;
 };
 
-class RandomBits : public NoiseOp {
+class RandomBits : public DrawOp {
  public:
-  RandomBits(mx::Stream s, mx::Shape shape, Domain domain) : NoiseOp(s, domain), shape_(std::move(shape)) {}
+  using DrawOp::DrawOp;
   const char* name() const override { return "random_bits"; }
-  std::vector<mx::Shape> output_shapes(const Arrays&) override { return {shape_}; }
 
  protected:
   void cpu(const Arrays&, Arrays&) override;
   void metal(const Arrays&, Arrays&) override;
-  std::vector<int64_t> parameters() const override;
-
- private:
-  const mx::Shape shape_;
 };
 }  // namespace bulwark

@@ -90,15 +90,15 @@ static Float float_of(mx::Dtype d) {
   return d == mx::float32 ? Float::f32 : d == mx::float16 ? Float::f16 : Float::bf16;
 }
 
-std::vector<int64_t> Gaussian::parameters() const {
-  std::vector<int64_t> p{domain[0], domain[1], int64_t(float_of(dtype_))};
+std::vector<int64_t> DrawOp::parameters() const {
+  auto p = NoiseOp::parameters();
   p.insert(p.end(), shape_.begin(), shape_.end());
   return p;
 }
 
-std::vector<int64_t> RandomBits::parameters() const {
-  std::vector<int64_t> p{domain[0], domain[1]};
-  p.insert(p.end(), shape_.begin(), shape_.end());
+std::vector<int64_t> Gaussian::parameters() const {
+  auto p = DrawOp::parameters();
+  p.insert(p.begin() + 2, int64_t(float_of(dtype_)));  // behind the domain
   return p;
 }
 

@@ -25,6 +25,7 @@ class Call:
     reports: list[str]
     buffers: dict[str, dict[str, Any]]
     threadgroup_bytes: int
+    threads: int
 
 
 class Simulator:
@@ -62,7 +63,8 @@ class Simulator:
         for kernel, text in self.extension.sim_take():
             result = json.loads(text)
             buffers = {buffer["name"]: buffer for buffer in result["buffers"]}
-            self._calls.append(Call(kernel, readable_reports(result), buffers, result["threadgroup_bytes"]))
+            sizes = result["threadgroup_bytes"], result["threads"]
+            self._calls.append(Call(kernel, readable_reports(result), buffers, *sizes))
         return self._calls
 
     @property

@@ -134,6 +134,7 @@ def test_the_bridge_between_extension_and_simulator():
     assert [call.kernel for call in simulator.calls] == ["turn"] * 3
     assert simulator.calls[0].buffers["x"]["unique_read"] == 256
     assert simulator.calls[0].threadgroup_bytes == 256
+    assert simulator.calls[0].threads == 64
 
     (barrier,) = barriers(TEXT)
     name, _, digest = extension.sources()[0]

@@ -33,7 +33,9 @@ def buffers(kernel, size, order=0):
         ("copy_half4", 8, 1, 1),
         ("copy_float4", 16, 1, 1),
         ("copy_float3", 16, 1, 1),  # aligned to 16 bytes, and moved whole
-        ("copy_packed_float3", 12, 2, 1),  # as clang splits it
+        ("copy_packed_float3", 12, 3, 1),  # as clang splits it
+        ("copy_packed_float4", 16, 1, 1),
+        ("copy_packed_bfloat4", 8, 1, 1),
         ("copy_struct", 20, 3, 3),
     ],
 )

@@ -15,6 +15,8 @@ KERNEL(copy_half4, half4) { y[i] = x[i] * 2.0h; }
 KERNEL(copy_float4, float4) { y[i] = x[i] * 2.0f; }
 KERNEL(copy_float3, float3) { y[i] = x[i] * 2.0f; }
 KERNEL(copy_packed_float3, packed_float3) { y[i] = float3(x[i]) * 2.0f; }
+KERNEL(copy_packed_float4, packed_float4) { y[i] = float4(x[i]) * 2.0f; }
+KERNEL(copy_packed_bfloat4, packed_bfloat4) { y[i] = x[i]; }
 KERNEL(copy_struct, Item) {
   Item item = x[i];
   item.h += 1.0h;

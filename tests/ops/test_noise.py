@@ -2,9 +2,12 @@ import math
 import os
 import subprocess
 import sys
+from functools import cache
 
 import mlx.core as mx
 import mlx_bulwark as bw
+import msl
+import msl.bridge
 import numpy as np
 import pytest
 from hypothesis import given
@@ -199,10 +202,37 @@ def chosen_words():
     return np.concatenate([np.array(chosen), random]).astype(np.uint32)
 
 
+METAL_TRANSFORM = """
+[[kernel]] void transform(
+    device const packed_uint3* words [[buffer(0)]], device float2* z [[buffer(1)]],
+    uint i [[thread_position_in_grid]]) {
+  uint3 w = uint3(words[i]);
+  z[i] = box_muller(w.x, w.y, w.z);
+}
+"""
+
+
+@cache
+def metal_transform():
+    """The transform inside the text that the extension ships, as a kernel of its own."""
+    (text,) = (text for name, text, _ in _native.ext.sources() if name == "noise")
+    path = msl.bridge.write_source("transform", text + METAL_TRANSFORM)
+    msl.check(path)
+    return msl.Library(path)
+
+
 def transform(words):
-    if bw.backend().name != "reference":
-        return np.array(_native.ext.normals_from_words(mx.array(words)))
-    return np.stack([np.array(z) for z in noise._box_muller(*(mx.array(words[:, k]) for k in range(3)))], 1)
+    match bw.backend().name:
+        case "metal-sim":
+            arguments = {"words": words, "z": msl.Output((len(words), 2))}
+            launch = {"grid": (len(words), 1, 1), "group": (256, 1, 1), "lines": 0}
+            result = metal_transform().launch("transform", arguments, **launch)
+            assert not result.reports
+            return result.arrays["z"]
+        case "native":
+            return np.array(_native.ext.normals_from_words(mx.array(words)))
+        case "reference":
+            return np.stack([np.array(z) for z in noise._box_muller(*(mx.array(words[:, k]) for k in range(3)))], 1)
 
 
 def assert_transform(words, z):
@@ -681,10 +711,10 @@ def test_any_number_of_threads_draws_the_same(threads):
 
 
 CHILD = """
-import sys
+import os, sys
 import mlx.core as mx, numpy as np, mlx_bulwark as bw
 from mlx_bulwark import _native
-sys.path.insert(0, sys.argv[1])
+sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
 import test_noise as t
 assert _native.ext.isa() == sys.argv[3], _native.ext.isa()
 _native.use("native")

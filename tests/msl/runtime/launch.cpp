@@ -15,6 +15,8 @@ extern const msl::FunctionConstant msl_function_constants[];
 extern const int msl_function_constant_count;
 
 namespace msl {
+uint64_t launched_threads = 0;
+
 namespace {
 std::string error;
 void *buffers[Thread::slots], *threadgroup_buffers[Thread::slots];
@@ -142,6 +144,7 @@ MSL_API int msl_launch(const uint32_t* grid, const uint32_t* group) {
   if (threadgroup_bytes() > threadgroup_limit)
     report("more than 32 KiB of threadgroup memory", nullptr, format("%zu bytes", threadgroup_bytes()));
 
+  launched_threads = uint64_t{grid[0]} * grid[1] * grid[2];
   Faults faults;
   unsigned control = _mm_getcsr();
   _mm_setcsr(control | 0x8040);  // denormals are zero, as in an Apple GPU's float

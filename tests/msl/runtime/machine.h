@@ -98,6 +98,7 @@ char* add_buffer(const char* name, size_t size, Space space, bool defined);
 void remove_regions();
 void poison_threadgroup_memory();
 size_t threadgroup_bytes();
+extern uint64_t launched_threads;  // of the last launch
 void access(void* address, size_t bytes, Use use, const void* pc);
 
 // ---- races (races.cpp)

@@ -96,7 +96,8 @@ const char* result_json() {
   for (auto& r : regions)
     if (r.space != Space::function_constant) buffers += (buffers.size() > 1 ? "," : "") + json(r);
   text = "{\"library\":" + quoted(image_path) + ",\"reports\":" + joined(reports) + ",\"buffers\":" + buffers +
-         format("],\"threadgroup_bytes\":%zu}", threadgroup_bytes());
+         format("],\"threadgroup_bytes\":%zu,\"threads\":%llu}", threadgroup_bytes(),
+                static_cast<unsigned long long>(launched_threads));
   return text.c_str();
 }
 }  // namespace msl

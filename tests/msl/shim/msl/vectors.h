@@ -1,6 +1,7 @@
 // Vectors, arrays, as_type, and how an operation on elements becomes one on vectors.
 #pragma once
 #pragma clang system_header
+#include "address_spaces.h"
 #include "traits.h"
 #include "types.h"
 
@@ -86,9 +87,23 @@ typedef vec<int, 3> bool3;
 typedef vec<int, 4> bool4;
 
 template <class T, int N>
-struct packed_vec {  // aligned as its elements are
+struct packed_vec {                                                           // aligned as its elements are
+  typedef vec<T, N> together __attribute__((aligned(sizeof(T)), may_alias));  // moved at once, as Apple's GPUs do
   T e[N];
   constexpr packed_vec() = default;
+  constexpr packed_vec(const packed_vec& v) { *this = v; }
+  constexpr packed_vec& operator=(const packed_vec& v) {
+    if constexpr (N == 3)
+      __builtin_memcpy(e, v.e, sizeof e);
+    else
+      *(together*)e = *(const together*)v.e;
+    return *this;
+  }
+#ifdef MSL_STRICT  // which does not convert one space to another
+  packed_vec(const device packed_vec& v) {
+    for (int i = 0; i < N; i++) e[i] = v.e[i];
+  }
+#endif
   template <class V, class = enable_if_t<msl_size<V> == N>>
   packed_vec(V v) {
     for (int i = 0; i < N; i++) e[i] = v[i];
@@ -96,9 +111,11 @@ struct packed_vec {  // aligned as its elements are
   template <class... A, class = enable_if_t<sizeof...(A) == N>>
   constexpr packed_vec(A... a) : e{(T)a...} {}
   operator vec<T, N>() const {
-    vec<T, N> v;
-    for (int i = 0; i < N; i++) v[i] = e[i];
-    return v;
+    if constexpr (N == 3) {
+      return {e[0], e[1], e[2]};
+    } else {
+      return *(const together*)e;
+    }
   }
   T& operator[](int i) { return e[i]; }
   T operator[](int i) const { return e[i]; }
