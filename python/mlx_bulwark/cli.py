@@ -257,7 +257,7 @@ def _tell(report: "Report") -> None:
 
 
 def _line(op: str, backend: str, case: str, error: str, tolerance: str, verdict: str) -> str:
-    return f"{op:<18}{backend:<18}{case:<20}{error:>8} {tolerance:>8}  {verdict}"
+    return f"{op:<26}{backend:<16}{case:<16}{error:>8} {tolerance:>8}  {verdict}"
 
 
 def _demo(options: "DemoOptions") -> int:

@@ -25,7 +25,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from . import _native
-from .ops import clip, noise
+from .ops import clip, ghost, noise
 
 TIME_LIMIT = 600.0  # seconds of a child process; compiling all Metal kernels takes some ten
 SIZE = 10_003
@@ -308,6 +308,83 @@ def _clip_and_sum() -> Iterator[Case]:
             yield Case(f"{_name(dtype)}, {mode}", run)
 
 
+def _layer(dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    return _normals((5, 70, 33), dtype), _normals((5, 70, 17), dtype)
+
+
+def _image(dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    return _normals((5, 9, 8, 6), dtype), _normals((5, 5, 4, 4), dtype)
+
+
+CONVOLUTION: dict[str, Any] = {"stride": 2, "padding": 1, "groups": 2, "bias": True}
+SEGMENTS: dict[str, Any] = {"segments": mx.array([0, 1, 0, 2, 1]), "num_segments": 3}
+FACTORS = mx.array([1.0, 0.0, 0.5, 0.25, 2.0])
+
+
+@_op
+def _linear_sq_norms() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        for method in ("gram", "direct"):
+            run = partial(ghost.linear_sq_norms, *_layer(dtype), bias=True, method=method, **SEGMENTS)
+            yield Case(f"{_name(dtype)}, {method}", run)
+
+
+@_op
+def _linear_sample_grads() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        yield Case(_name(dtype), partial(ghost.linear_sample_grads, *_layer(dtype), bias=True, **SEGMENTS))
+
+
+@_op
+def _linear_clipped_sum() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        yield Case(_name(dtype), partial(ghost.linear_clipped_sum, *_layer(dtype), FACTORS, bias=True))
+
+
+@_op
+def _conv_sq_norms() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        for method in ("gram", "direct"):
+            run = partial(ghost.conv_sq_norms, *_image(dtype), 3, method=method, **CONVOLUTION, **SEGMENTS)
+            yield Case(f"{_name(dtype)}, {method}", run)
+
+
+@_op
+def _conv_sample_grads() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        yield Case(_name(dtype), partial(ghost.conv_sample_grads, *_image(dtype), 3, **CONVOLUTION, **SEGMENTS))
+
+
+@_op
+def _conv_clipped_sum() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        yield Case(_name(dtype), partial(ghost.conv_clipped_sum, *_image(dtype), FACTORS, 3, **CONVOLUTION))
+
+
+def _lookups(dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+    tokens = mx.array(np.random.default_rng(0).integers(0, 17, (5, 70)).astype(np.int32))
+    return tokens, _normals((5, 70, 33), dtype)
+
+
+@_op
+def _embedding_sq_norms() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        yield Case(_name(dtype), partial(ghost.embedding_sq_norms, *_lookups(dtype), padding_index=3, **SEGMENTS))
+
+
+@_op
+def _embedding_clipped_sum() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        yield Case(_name(dtype), partial(ghost.embedding_clipped_sum, *_lookups(dtype), FACTORS, 17))
+
+
+@_op
+def _embedding_linear_products() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        run = partial(ghost.embedding_linear_products, *_lookups(dtype), *_layer(dtype), **SEGMENTS)
+        yield Case(_name(dtype), run)
+
+
 # Running them.
 
 
@@ -377,7 +454,7 @@ def _failed(target: Target, name: str, message: str) -> Check:
 
 
 def _evaluated(tree: Any) -> list[Array]:
-    arrays = [x for _, x in cast(list[tuple[str, mx.array]], tree_flatten(tree))]
+    arrays = [x for _, x in cast(list[tuple[str, mx.array | None]], tree_flatten(tree)) if x is not None]
     mx.eval(arrays)
     return [np.array(x.astype(mx.float32) if x.dtype in TOLERANCES else x) for x in arrays]
 
