@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +26,7 @@ class Batch:
     data: tuple[mx.array, ...]  # arrays [P, ...]
     mask: mx.array  # [P] bool: False in padding rows
     last: bool
-    units: mx.array | None = None  # [P] int32 below P: rows of one unit have one number; None: every row is a unit
+    units: mx.array | None = None  # [P] int32 below P, -1 in padding: which unit a row is of; None: each its own
     unit_reduction: UnitReduction = "mean"
     step: int | None = None  # which step of the engine draws it
 
@@ -83,6 +83,79 @@ class UnitRows:
         return rows, counts
 
 
+class Source:
+    """Where the rows of physical batches come from: the data, its units, and what is done to a row."""
+
+    def __init__(
+        self,
+        data: tuple[Any, ...],
+        dataset_size: int,
+        units: Any = None,
+        max_rows_per_unit: int | None = None,
+        unit_reduction: UnitReduction = "mean",
+        augment: Augment | None = None,
+        multiplicity: int = 1,
+    ) -> None:
+        expected = dataset_size if units is None else len(data[0])
+        for i, a in enumerate(data):
+            if len(a) != expected:
+                raise ValueError(f"[batches] data[{i}] must have {expected} rows but has {len(a)}")
+        if unit_reduction not in get_args(UnitReduction):
+            raise ValueError(f"[batches] unit_reduction must be 'mean' or 'sum' but is {unit_reduction!r}")
+        if multiplicity < 1 or (multiplicity > 1 and augment is None):
+            raise ValueError(
+                f"[batches] multiplicity must be at least 1, and 1 where augment is not given, but is {multiplicity}"
+            )
+        if units is None and max_rows_per_unit is not None:
+            raise ValueError("[batches] max_rows_per_unit must come with units but comes alone")
+        self.rows = UnitRows(units, expected, max_rows_per_unit)
+        if len(self.rows) != dataset_size:
+            raise ValueError(
+                f"[batches] units must have {dataset_size} different ids, the engine's dataset_size, but has "
+                f"{len(self.rows)}"
+            )
+        self._data, self._unit_reduction = data, unit_reduction
+        self._augment, self.multiplicity = augment, multiplicity
+
+    @property
+    def rows_per_unit(self) -> int:
+        """Most rows that one unit may have in a step, copies counted."""
+        return self.rows.max_rows * self.multiplicity
+
+    def default_microbatch_size(self, sampler: Sampler) -> int:
+        """Rows of a step and three standard deviations, in eights: one draw in 700 takes a second physical batch."""
+        counts = self.rows.bounded_counts * self.multiplicity
+        if isinstance(sampler, FullSampler):
+            return int(counts.sum())
+        if isinstance(sampler, ShuffleSampler):
+            return int(np.sort(counts)[-sampler.batch_size :].sum())
+        rate = sampler.rate if isinstance(sampler, PoissonSampler) else sampler.group_rate / sampler.cycle_length
+        size: int = math.ceil(rate * counts.sum() + 3 * math.sqrt(rate * (1 - rate) * (counts**2).sum()))
+        return int(max(min(counts.sum(), (size + 7) // 8 * 8), self.rows_per_unit))
+
+    def trial_batch(self, size: int) -> Batch:
+        """A batch of this size, full of units that have as many rows as they may, as measurements want it."""
+        rows = np.arange(-(-size // self.multiplicity)) % len(self._data[0])
+        counts = np.full(-(-len(rows) // self.rows.max_rows), self.rows.max_rows)
+        counts[-1] = len(rows) - counts[:-1].sum()
+        return self.batch(rows, counts, size, True, 0)
+
+    def batch(self, chosen: Rows, counts: Rows, size: int, last: bool, step: int) -> Batch:
+        """A physical batch of these rows, ``counts`` of each unit."""
+        taken = min(len(chosen) * self.multiplicity, size)
+        rows = np.zeros(size, np.int64)  # padding repeats the first example and is masked
+        rows[:taken] = np.repeat(chosen, self.multiplicity)[:taken]
+        data = tuple(_take(a, rows) for a in self._data)
+        if self._augment is not None:
+            data = _augmented(self._augment, data, size)
+        units = None
+        if self.rows_per_unit > 1:
+            ids = np.full(size, -1, np.int32)
+            ids[:taken] = np.repeat(np.arange(len(counts)), counts * self.multiplicity)[:taken]
+            units = mx.array(ids)
+        return Batch(data, mx.array(np.arange(size) < taken), last, units, self._unit_reduction, step)
+
+
 class Batches:
     """Iterates over the physical batches of sampled logical batches; ``len`` counts the logical ones.
 
@@ -92,25 +165,19 @@ class Batches:
 
     def __init__(
         self,
-        data: tuple[Any, ...],
-        rows: UnitRows,
+        source: Source,
         sampler: Sampler,
         steps: int,
         microbatch_size: int,
-        unit_reduction: UnitReduction,
-        augment: Augment | None,
-        multiplicity: int,
         draw_words: DrawWords,
         first_step: Callable[[], int],
     ) -> None:
-        if microbatch_size < rows.max_rows * multiplicity:
+        if microbatch_size < source.rows_per_unit:
             raise ValueError(
-                f"[batches] microbatch_size must hold the {rows.max_rows * multiplicity} rows that one unit may have "
-                f"but is {microbatch_size}"
+                f"[batches] microbatch_size must hold the {source.rows_per_unit} rows that one unit may have but is "
+                f"{microbatch_size}"
             )
-        self._data, self._rows, self._sampler, self._steps = data, rows, sampler, steps
-        self._unit_reduction: UnitReduction = unit_reduction
-        self._augment, self._multiplicity = augment, multiplicity
+        self._source, self._sampler, self._steps = source, sampler, steps
         self._draw_words, self._first_step = draw_words, first_step
         self.microbatch_size = microbatch_size
 
@@ -118,31 +185,14 @@ class Batches:
         return self._steps
 
     def __iter__(self) -> Iterator[Batch]:
-        first = self._first_step()
+        first, size = self._first_step(), self.microbatch_size
         for step in range(first, first + self._steps):
             units = self._sampler.draw(step, self._draw_words)
-            rows, counts = self._rows.choose(units, self._draw_words)
-            pieces = pack(counts * self._multiplicity, self.microbatch_size)
-            ends = np.cumsum(counts)
+            rows, counts = self._source.rows.choose(units, self._draw_words)
+            pieces = pack(counts * self._source.multiplicity, size)
+            ends = np.concatenate([[0], np.cumsum(counts)])
             for i, (a, b) in enumerate(pieces):
-                mine = rows[ends[a] - counts[a] if a < b else 0 : ends[b - 1] if a < b else 0]
-                yield self._batch(mine, counts[a:b], i == len(pieces) - 1, step)
-
-    def _batch(self, chosen: Rows, counts: Rows, last: bool, step: int) -> Batch:
-        size, copies = self.microbatch_size, self._multiplicity
-        taken = len(chosen) * copies
-        rows = np.zeros(size, np.int64)  # padding repeats the first example and is masked
-        rows[:taken] = np.repeat(chosen, copies)
-        data = tuple(_take(a, rows) for a in self._data)
-        if self._augment is not None:
-            data = _augmented(self._augment, data, size)
-        units = None
-        if copies > 1 or self._rows.max_rows > 1:
-            # padding is a unit of its own: less than `size` others are there where there is padding
-            ids = np.full(size, size - 1, np.int32)
-            ids[:taken] = np.repeat(np.arange(len(counts)), counts * copies)
-            units = mx.array(ids)
-        return Batch(data, mx.array(np.arange(size) < taken), last, units, self._unit_reduction, step)
+                yield self._source.batch(rows[ends[a] : ends[b]], counts[a:b], size, i == len(pieces) - 1, step)
 
 
 def pack(counts: Rows, capacity: int) -> list[tuple[int, int]]:
@@ -155,19 +205,6 @@ def pack(counts: Rows, capacity: int) -> list[tuple[int, int]]:
         pieces.append((start, end))
         start = end
     return pieces or [(0, 0)]
-
-
-def default_microbatch_size(rows: UnitRows, sampler: Sampler, multiplicity: int) -> int:
-    """Rows of a step and three standard deviations, in eights: one draw in 700 takes a second physical batch."""
-    counts = rows.bounded_counts * multiplicity
-    if isinstance(sampler, FullSampler):
-        return int(counts.sum())
-    if isinstance(sampler, ShuffleSampler):
-        largest = np.sort(counts)[-sampler.batch_size :]
-        return int(largest.sum())
-    rate = sampler.rate if isinstance(sampler, PoissonSampler) else sampler.group_rate / sampler.cycle_length
-    size: int = math.ceil(rate * counts.sum() + 3 * math.sqrt(rate * (1 - rate) * (counts**2).sum()))
-    return int(max(min(counts.sum(), (size + 7) // 8 * 8), rows.max_rows * multiplicity))
 
 
 def _augmented(augment: Augment, data: tuple[mx.array, ...], size: int) -> tuple[mx.array, ...]:

@@ -10,12 +10,13 @@ import mlx.optimizers as optim
 
 from ..ops.noise import bit_blocks_used, random_bits
 from .accounting import check_delta, find_noise_multiplier
-from .batches import Batch, Batches, UnitRows, default_microbatch_size
+from .batches import Augment, Batch, Batches, Source, UnitReduction
 from .books import Books
 from .check import CheckReport, check
 from .clipping import AdaptiveClipping, ClippingMode, Sensitivity, make_clipping
 from .events import Accountant, Event, Gaussian, Run
 from .gradients import LossFunction
+from .memory import find_microbatch_size
 from .optimizer import ClippedGradients, PrivateOptimizer
 from .sampling import SamplingMode, make_sampler, make_sampling
 from .state import new_state
@@ -95,6 +96,7 @@ class PrivacyEngine:
         self.state = new_state(event, self._clipping)
         self._books = Books(event, accountant, steps)
         self._sampler = make_sampler(scheme, dataset_size)
+        self._unit = "example"
         self._sampling_counter = 0
         self._accumulated: dict[str, mx.array] = {}
 
@@ -212,23 +214,54 @@ class PrivacyEngine:
         """
         return PrivateOptimizer(self, optimizer)
 
-    def batches(self, data: Any, *, steps: int | None = None, microbatch_size: int | None = None) -> Batches:
-        """Poisson-sampled batches of a data set.
+    def batches(
+        self,
+        data: Any,
+        *,
+        steps: int | None = None,
+        microbatch_size: int | None = None,
+        max_memory: int | None = None,
+        training: tuple[nn.Module, PrivateOptimizer, LossFunction] | None = None,
+        units: Any = None,
+        max_rows_per_unit: int | None = None,
+        unit_reduction: UnitReduction = "mean",
+        augment: Augment | None = None,
+        multiplicity: int = 1,
+    ) -> Batches:
+        """Batches of a data set, drawn as the engine's ``sampling`` says.
 
-        Every example enters each logical batch independently with probability ``sample_rate``; a batch may be empty,
-        and is then a step of pure noise. Each is padded and masked to ``microbatch_size``, so that a compiled step
-        compiles once; a larger draw comes in several physical batches, and no example is ever dropped.
+        A Poisson batch may be empty, and is then a step of pure noise. Each logical batch is padded and masked to
+        physical ones of ``microbatch_size`` rows, so that a compiled step compiles once, and no example is ever
+        dropped. Noise comes once a logical batch.
+
+        With ``units``, rows of one person (or document, or device) are one unit of privacy: units are drawn and
+        counted, not rows; all rows of a drawn unit, at most ``max_rows_per_unit``, go into one gradient before the
+        one clip, and neighbouring data sets differ by a whole unit. With ``multiplicity``, so are the augmented copies
+        of an example.
 
         Args:
-            data: an array or a tuple of arrays (numpy or mlx) with ``dataset_size`` rows each.
+            data: an array or a tuple of arrays (numpy or mlx) with a row for each example.
             steps: number of logical batches; default: the planned steps that remain.
-            microbatch_size: rows of a physical batch; default: expected size plus three standard deviations.
+            microbatch_size: rows of a physical batch, copies counted; default: expected size plus three standard
+                deviations.
+            max_memory: in place of ``microbatch_size``, the bytes that MLX's peak memory may reach in a step; the
+                largest size that stays within is found by trial steps, which are not charged, and printed.
+            training: with ``max_memory``: the model, the optimizer from `wrap`, and the loss function.
+            units: [rows], for each row the id of its unit; there must be ``dataset_size`` different ones. Default:
+                every row is a unit.
+            max_rows_per_unit: with ``units``, the most rows of one unit in a step; of more, so many are chosen
+                secretly and evenly, anew in each step.
+            unit_reduction: ``"mean"`` or ``"sum"`` of the rows' gradients is what is clipped.
+            augment: ``augment(*arrays)`` is called with the arrays of a physical batch and returns arrays of as many
+                rows; it must treat each row by itself.
+            multiplicity: copies of each row that are augmented, and reduced to one gradient.
 
         Returns:
             An iterable of `Batch`, whose ``len`` is the number of logical batches.
 
         Raises:
-            ValueError: the data has another number of rows, or no number of steps is known.
+            ValueError: the data has another number of rows or units, no number of steps is known, or a size does not
+                fit.
 
         Example:
             >>> import numpy as np, mlx_bulwark as bw
@@ -238,21 +271,33 @@ class PrivacyEngine:
             3
 
         Source:
-            Poisson subsampling: Mironov et al. 2019 (arXiv:1908.10530).
+            Poisson subsampling: Mironov et al. 2019 (arXiv:1908.10530); augmentation multiplicity: De et al. 2022
+            (arXiv:2204.13650).
         """
-        arrays = tuple(data) if isinstance(data, (tuple, list)) else (data,)
-        for i, a in enumerate(arrays):
-            if len(a) != self.dataset_size:
-                raise ValueError(f"[batches] data[{i}] must have {self.dataset_size} rows but has {len(a)}")
         if steps is None and self.planned_steps is not None:
             steps = self.planned_steps - self.steps
         if steps is None or steps < 0:
             raise ValueError(f"[batches] steps must be a number of logical batches but is {steps}")
-        rows, sampler = UnitRows(None, self.dataset_size, None), self._sampler
-        size = microbatch_size or default_microbatch_size(rows, sampler, 1)
-        if size < 1:
-            raise ValueError(f"[batches] microbatch_size must be at least 1 but is {microbatch_size}")
-        return Batches(arrays, rows, sampler, steps, size, "mean", None, 1, self._sampling_words, lambda: self.steps)
+        source = Source(
+            tuple(data) if isinstance(data, (tuple, list)) else (data,),
+            self.dataset_size,
+            units,
+            max_rows_per_unit,
+            unit_reduction,
+            augment,
+            multiplicity,
+        )
+        size = source.default_microbatch_size(self._sampler) if microbatch_size is None else microbatch_size
+        if max_memory is not None:
+            if microbatch_size is not None or training is None:
+                raise ValueError(
+                    "[batches] max_memory must come with training=(model, optimizer, loss_fn) and without "
+                    "microbatch_size but does not"
+                )
+            size = find_microbatch_size(self, *training, source, size, max_memory)
+        if units is not None:
+            self._unit = "unit (all its rows)"
+        return Batches(source, self._sampler, steps, size, self._sampling_words, lambda: self.steps)
 
     def compiled_step(
         self, model: nn.Module, optimizer: PrivateOptimizer, loss_fn: LossFunction
@@ -326,7 +371,7 @@ class PrivacyEngine:
     @property
     def adjacency(self) -> str:
         """How neighbouring data sets differ."""
-        return self.event.sampling.adjacency
+        return self.event.sampling.adjacency.replace("example", self._unit)
 
     @property
     def steps(self) -> int:
@@ -398,6 +443,14 @@ class PrivacyEngine:
         words = random_bits((n,), self.state["noise"]["key"], self._sampling_counter, domain="poisson")
         self._sampling_counter += bit_blocks_used((n,))
         return words
+
+    def _without_books(self) -> "PrivacyEngine":
+        """Engine of the same settings that charges nothing: for measurements, whose updates are thrown away."""
+        trial = object.__new__(PrivacyEngine)
+        vars(trial).update(vars(self))
+        trial.state, trial._accumulated = new_state(self.event, self._clipping), {}
+        trial._books = Books(self.event, self.accountant, None)
+        return trial
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("[PrivacyEngine] engine must not be copied or pickled: it holds the secret noise key")

@@ -78,7 +78,7 @@ def release(engine: "PrivacyEngine", gradients: ClippedGradients) -> dict[str, m
             raise PrivacyError(
                 "[update] last=False must be outside mx.compile but is inside; engine.compiled_step does both"
             )
-        engine._accumulated = add(sums, engine._accumulated)
+        _accumulate(engine, sums)
         return None
     if not traced:  # a compiled end of a batch gets them as an argument
         sums, engine._accumulated = add(sums, engine._accumulated), {}
@@ -126,6 +126,12 @@ def _noised(engine: "PrivacyEngine", sums: dict[str, mx.array], counter: mx.arra
     return noisy
 
 
+def _accumulate(engine: "PrivacyEngine", sums: dict[str, mx.array]) -> None:
+    """Add a piece to its logical batch, at once: unevaluated it would keep the memory of all pieces."""
+    engine._accumulated = add(sums, engine._accumulated)
+    mx.eval(engine._accumulated)
+
+
 def add(sums: dict[str, mx.array], accumulated: dict[str, mx.array]) -> dict[str, mx.array]:
     """Sums of two pieces of a logical batch."""
     return {path: s + accumulated[path] for path, s in sums.items()} if accumulated else sums
@@ -162,7 +168,7 @@ def compiled_step(
             engine._accumulated = {}
         else:
             losses, sums = compiled_piece(list(batch.data), batch.mask)
-            engine._accumulated = add(sums, engine._accumulated)
+            _accumulate(engine, sums)
         return losses
 
     return run

@@ -1,0 +1,104 @@
+"""The largest physical batch whose training step stays within a number of bytes."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from .batches import Batch, Source
+from .gradients import LossFunction
+from .optimizer import PrivateOptimizer
+
+if TYPE_CHECKING:
+    from .engine import PrivacyEngine
+
+_FIRST, _SECOND = 4, 12  # rows, or that many times the rows of a unit
+
+
+def find_microbatch_size(
+    engine: "PrivacyEngine",
+    model: nn.Module,
+    optimizer: PrivateOptimizer,
+    loss_fn: LossFunction,
+    source: Source,
+    most: int,
+    max_memory: int,
+) -> int:
+    """Largest number of rows, at most ``most``, whose step's peak of MLX memory stays within ``max_memory``.
+
+    The peaks of two small sizes give a line; the size that it promises is then measured too, and made smaller until
+    its own peak stays within.
+    """
+
+    def peak(size: int) -> int:
+        return peak_of_step(engine, model, optimizer, loss_fn, source.trial_batch(size))
+
+    unit_rows = source.rows_per_unit
+    sizes = [min(most, unit_rows * k) for k in (_FIRST, _SECOND)]
+    low, high = ((size, peak(size)) for size in sizes)
+    size, measured = most, high
+    while True:
+        row = max(1.0, (measured[1] - low[1]) / max(1, measured[0] - low[0]))
+        size = min(size, int(low[0] + (max_memory - low[1]) / row))
+        if size < unit_rows:
+            raise ValueError(
+                f"[batches] max_memory must hold a step of {unit_rows} rows, about "
+                f"{int(low[1] + (unit_rows - low[0]) * row)} bytes, but is {max_memory}"
+            )
+        measured = (size, peak(size))
+        if measured[1] <= max_memory:
+            print(
+                f"microbatch_size {size}: peak of {measured[1] / 2**20:.1f} MiB within {max_memory / 2**20:.1f} MiB "
+                f"({row / 2**10:.1f} KiB a row, from {sizes[0]} and {sizes[1]} rows)"
+            )
+            return size
+        size -= 1
+
+
+def peak_of_step(
+    engine: "PrivacyEngine", model: nn.Module, optimizer: PrivateOptimizer, loss_fn: LossFunction, batch: Batch
+) -> int:
+    """Peak of MLX memory in a step on this batch, eager or compiled, in bytes. Nothing is charged or changed by it.
+
+    What the model and the optimizer hold is kept beside what the step makes of it: the peak may be higher than that of
+    a step in training, and is not lower.
+    """
+    parameters, generator = tree_map(lambda a: a, model.parameters()), cast("list[mx.array]", mx.random.state)
+    high, low = (int(word) for word in np.array(generator[0]))
+    peaks = []
+    try:
+        for compiled in (False, True):
+            trial = engine._without_books()
+            wrapped = PrivateOptimizer(trial, copy.deepcopy(optimizer.optimizer))
+            wrapped.init(model.trainable_parameters())
+            step = trial.compiled_step(model, wrapped, loss_fn) if compiled else _eager(trial, model, wrapped, loss_fn)
+            mx.eval(model.state, wrapped.state, trial.state, batch.data, batch.mask)
+            mx.clear_cache()
+            mx.reset_peak_memory()
+            for last in (False, True):  # with what is added up between the pieces of a logical batch
+                mx.eval(step(replace(batch, last=last)), model.state, wrapped.state, trial.state)
+            peaks.append(mx.get_peak_memory())
+            model.update(parameters)
+    finally:
+        model.update(parameters)
+        mx.random.seed((high << 32) | low)  # the key itself: the state cannot be written
+        mx.clear_cache()
+    return max(peaks)
+
+
+def _eager(
+    engine: "PrivacyEngine", model: nn.Module, optimizer: PrivateOptimizer, loss_fn: LossFunction
+) -> Callable[[Batch], mx.array]:
+    loss_and_grad = engine.value_and_grad(model, loss_fn)
+
+    def step(batch: Batch) -> mx.array:
+        losses, gradients = loss_and_grad(model, batch)
+        optimizer.update(model, gradients)
+        return losses
+
+    return step
