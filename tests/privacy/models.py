@@ -325,6 +325,11 @@ MODELS = {
 
 def make(name, B, seed=0):
     build, shape, rtol = MODELS[name]
+    return *problem(build, shape, B, seed), rtol
+
+
+def problem(build, shape, B, seed=0):
+    """A model, a loss of it and a batch: x of this shape an example or of so many tokens, and weights of examples."""
     mx.random.seed(seed)
     model = build()
     rng = np.random.default_rng(seed + 1)
@@ -340,4 +345,4 @@ def make(name, B, seed=0):
         y = y.reshape(y.shape[0], -1)
         return scale * (mx.sin(y) * weights[: y.shape[1]].astype(y.dtype)).sum(axis=1)
 
-    return model, loss_fn, (x, scale), rtol
+    return model, loss_fn, (x, scale)

@@ -117,7 +117,7 @@ def one_by_one(model, loss_fn, batch, max_grad_norm=1.0, clipping="flat"):
     """
     grads = one_by_one_grads(model, loss_fn, batch)
     norms = np.sqrt([sum((g**2).sum() for g in example.values()) for example in grads])
-    C = (float(np.median(norms)) if len(norms) else 1.0) if max_grad_norm is None else max_grad_norm
+    C = ((len(norms) and float(np.median(norms))) or 1.0) if max_grad_norm is None else max_grad_norm
     factors = C / (norms + 0.01) if clipping == "automatic" else np.minimum(1.0, C / (norms + 1e-6))
     sums = {
         path: sum((f * example[path] for f, example in zip(factors, grads, strict=True)), np.zeros(p.shape))

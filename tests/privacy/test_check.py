@@ -3,7 +3,7 @@ import mlx.nn as nn
 import mlx_bulwark as bw
 import numpy as np
 import pytest
-from mlx_bulwark.privacy import rules
+from mlx_bulwark.privacy import rules, state, steps
 
 RNG = np.random.default_rng(0)
 X = mx.array(RNG.standard_normal((6, 5)).astype(np.float32))
@@ -99,3 +99,121 @@ def test_one_array_and_a_batch(backend):
         assert e.check(nn.Linear(5, 2), one, lambda m, x: m(x).sum(axis=1)).examples == 6
     (batch,) = e.batches((np.array(X).repeat(10, 0),), steps=1)
     assert e.check(nn.Linear(5, 2), batch, lambda m, x: m(x).sum(axis=1)).examples == batch.mask.size
+
+
+@pytest.mark.parametrize("steps", [1, 2, 8])
+def test_sound_noise_passes(backend, steps):
+    # checks of 8 steps refuse sound noise once in a million
+    for e in (engine(), bw.PrivacyEngine(60, batch_size=6, noise_multiplier=0.3, max_grad_norm=7.0)):
+        report = e.check(model(), (X, Y), cross_entropy, noise_steps=steps)
+        assert report.noise_steps == steps
+        assert 0 < report.noise_error < 1
+        assert e.steps == 0
+        assert (np.array(e.state["noise"]["counter"]) == 0).all()
+
+
+def test_no_noise_is_not_checked(backend):
+    e = bw.PrivacyEngine(60, batch_size=6, noise_multiplier=0.0, max_grad_norm=1.0)
+    assert e.check(model(), (X, Y), cross_entropy).noise_steps == 0
+
+
+def refused(says, **more):
+    with pytest.raises(bw.PrivacyError, match=rf"(?s)\[check\].*{says}"):
+        engine(**more).check(model(), (X, Y), cross_entropy)
+
+
+def test_a_layer_without_clipping_is_caught(backend, monkeypatch):
+    name = "mlx.nn.layers.linear.Linear"
+    sound = rules.RULES[name]
+
+    def unclipped(site, calls):
+        result = sound.per_sample(site, calls)
+        if site.path == "layers.2" and result.weighted_sums:
+            weighted = result.weighted_sums
+            result.weighted_sums = lambda factors: weighted(mx.ones_like(factors))
+        return result
+
+    monkeypatch.setitem(rules.RULES, name, sound._replace(per_sample=unclipped))
+    refused("layers.2.weight")
+    e = bw.PrivacyEngine(60, batch_size=6, noise_multiplier=1.0, max_grad_norm=1e6)  # which clips none of these
+    with pytest.raises(bw.PrivacyError, match=r"clipped sum of layers\.2\.weight"):
+        e.check(model(), (X, Y), cross_entropy)
+
+
+def test_a_layer_left_out_of_the_norm_is_caught(backend, monkeypatch):
+    name = "mlx.nn.layers.linear.Linear"
+    sound = rules.RULES[name]
+
+    def unseen(site, calls):
+        result = sound.per_sample(site, calls)
+        if site.path == "layers.2" and result.sq_norms is not None:
+            result.sq_norms = mx.zeros_like(result.sq_norms)
+        return result
+
+    monkeypatch.setitem(rules.RULES, name, sound._replace(per_sample=unseen))
+    refused("gradient norm")
+
+
+def test_a_counter_that_stands_still_is_caught(backend, monkeypatch):
+    monkeypatch.setattr(steps, "advance_counter", lambda counter, blocks: counter + 0)
+    refused("noise must")
+
+
+def test_a_counter_that_moves_too_little_is_caught(backend, monkeypatch):
+    advance = steps.advance_counter
+    monkeypatch.setattr(steps, "advance_counter", lambda counter, blocks: advance(counter, 1))
+    refused("never repeat")
+
+
+def test_one_key_for_two_engines_is_caught(backend, monkeypatch):
+    monkeypatch.setattr(state, "random_key", lambda: bw.key_from_seed(1))
+    refused("noise must never repeat")
+
+
+def without_noise_on(path, scale=0.0):
+    sound = steps.add_gaussian
+
+    def add_gaussian(sums, sigma, key, counter):
+        noisy = sound(sums, sigma, key, counter)
+        return {**noisy, path: sums[path] + scale * (noisy[path] - sums[path])}
+
+    return add_gaussian
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("path", ["layers.0.weight", "layers.2.weight", "layers.0.bias"])
+def test_wrong_noise_on_one_leaf_is_caught(backend, monkeypatch, path, scale):
+    monkeypatch.setattr(steps, "add_gaussian", without_noise_on(path, scale))
+    refused(f"accounted standard deviation on {path}")
+
+
+def test_noise_divided_by_the_batch_is_caught(backend, monkeypatch):
+    sound = steps.add_gaussian
+    monkeypatch.setattr(steps, "add_gaussian", lambda sums, sigma, key, counter: sound(sums, sigma / 6, key, counter))
+    refused("accounted standard deviation")
+
+
+def test_the_same_noise_on_two_leaves_is_caught(backend, monkeypatch):
+    sound = steps.add_gaussian
+
+    def add_gaussian(sums, sigma, key, counter):
+        return {path: sound({path: s}, sigma, key, counter)[path] for path, s in sums.items()}
+
+    monkeypatch.setattr(steps, "add_gaussian", add_gaussian)
+    refused("noise must")
+
+
+def test_noise_that_drags_on_is_caught(backend, monkeypatch):
+    sound, last = steps.add_gaussian, {}
+
+    def add_gaussian(sums, sigma, key, counter):  # half of the last step's noise, with the right variance
+        fresh = sound(sums, sigma, key, counter)
+        if state.is_traced(counter):
+            return fresh
+        mixed = {k: 0.8 * f + 0.6 * last.get(k, 1.2 * f) for k, f in fresh.items()}
+        last.update(fresh)
+        return mixed
+
+    monkeypatch.setattr(steps, "add_gaussian", add_gaussian)
+    with pytest.raises(bw.PrivacyError, match="independent"):
+        engine().check(nn.Linear(5, 300), (X, Y), cross_entropy)

@@ -9,6 +9,7 @@ from .engine import PrivacyEngine
 from .one_run import GuessBound, one_run_epsilon
 from .optimizer import ClippedGradients, PrivateOptimizer
 from .taps import PrivacyError
+from .validate import Fix, LayerReport, ValidationReport
 
 __all__ = [
     "AdaptiveClipping",
@@ -18,12 +19,15 @@ __all__ = [
     "Batches",
     "CheckReport",
     "ClippedGradients",
+    "Fix",
     "GuessBound",
+    "LayerReport",
     "MembershipAttack",
     "PrivacyEngine",
     "PrivacyError",
     "PrivateOptimizer",
     "Sensitivity",
+    "ValidationReport",
     "audit_engine",
     "audit_privacy",
     "compute_epsilon",

@@ -1,4 +1,4 @@
-"""Compares private gradients with a one-by-one loop."""
+"""Compares private gradients with a one-by-one loop, and noise with what is accounted."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from mlx.utils import tree_map
 from tqdm import tqdm
 
 from .batches import Batch
+from .check_noise import check_noise
 from .clipping import Group
 from .gradients import ClippedSums, LossFunction, batch_size_of, clipped_sums, per_example, to_mlx
 from .rules import rule_of
@@ -24,35 +25,38 @@ Arrays = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Largest relative differences between private gradients and a one-by-one loop. Not covered by epsilon."""
+    """Largest relative differences between private gradients and a one-by-one loop, and of the noise.
+
+    Not covered by epsilon.
+    """
 
     loss_error: float
     norm_error: float
     sum_error: float
     coupling_error: float
+    noise_error: float  # of the standard deviation of a leaf
     examples: int
+    noise_steps: int
 
 
-def check(engine: "PrivacyEngine", model: nn.Module, batch: Any, loss_fn: LossFunction, rtol: float) -> CheckReport:
+def check(
+    engine: "PrivacyEngine", model: nn.Module, batch: Any, loss_fn: LossFunction, rtol: float, noise_steps: int
+) -> CheckReport:
     """See `PrivacyEngine.check`."""
     arrays = _arrays(batch)
-    B = batch_size_of(arrays)
     dropouts = [m for m in model.modules() if isinstance(m, (nn.Dropout, nn.Dropout2d, nn.Dropout3d)) and m.training]
     for m in dropouts:
         m.eval()
     try:
-        ours = _private(engine, model, loss_fn, arrays)
-        report = CheckReport(*_one_by_one(engine, model, loss_fn, arrays, ours, rtol), 0.0, B)
-        return CheckReport(
-            report.loss_error,
-            report.norm_error,
-            report.sum_error,
-            _coupling(engine, model, loss_fn, arrays, ours, rtol),
-            B,
-        )
+        ours = _private(engine, model, loss_fn, arrays, engine.max_grad_norm)
+        one_by_one = _one_by_one(engine, model, loss_fn, arrays, ours, rtol)
+        coupling = _coupling(engine, model, loss_fn, arrays, ours, rtol)
     finally:
         for m in dropouts:
             m.train()
+    steps = noise_steps if engine.noise_multiplier else 0
+    noise = check_noise(engine, {path: s.shape for path, s in ours.sums.items()}, steps) if steps else 0.0
+    return CheckReport(*one_by_one, coupling, noise, batch_size_of(arrays), steps)
 
 
 def _arrays(batch: Any) -> Arrays:
@@ -61,8 +65,10 @@ def _arrays(batch: Any) -> Arrays:
     return to_mlx(tuple(batch) if isinstance(batch, (tuple, list)) else (batch,))
 
 
-def _private(engine: "PrivacyEngine", model: nn.Module, loss_fn: LossFunction, arrays: Arrays) -> ClippedSums:
-    r = clipped_sums(model, loss_fn, arrays, None, engine.max_grad_norm, engine._clipping, {})
+def _private(
+    engine: "PrivacyEngine", model: nn.Module, loss_fn: LossFunction, arrays: Arrays, max_grad_norm: float
+) -> ClippedSums:
+    r = clipped_sums(model, loss_fn, arrays, None, max_grad_norm, engine._clipping, {})
     mx.eval(r)
     return r
 
@@ -70,31 +76,45 @@ def _private(engine: "PrivacyEngine", model: nn.Module, loss_fn: LossFunction, a
 def _one_by_one(
     engine: "PrivacyEngine", model: nn.Module, loss_fn: LossFunction, arrays: Arrays, ours: ClippedSums, rtol: float
 ) -> tuple[float, float, float]:
+    """Errors of losses, norms and sums; of sums also where every example is clipped, whatever the engine's norm."""
+    tight = 0.01 * _least(np.sqrt(_float64(ours.sq_norms))) or engine.max_grad_norm
+    limits = {engine.max_grad_norm: ours, tight: _private(engine, model, loss_fn, arrays, tight)}
     grad = nn.value_and_grad(model, lambda *x: per_example(loss_fn(model, *x), 1).sum())
     B = batch_size_of(arrays)
     losses, norms = np.zeros(B), np.zeros(B)
     groups = engine._clipping.groups(find_sites(model, rule_of))
-    sums: dict[str, Any] = {path: np.zeros(s.shape) for path, s in ours.sums.items()}
+    sums: dict[float, dict[str, Any]] = {C: {path: np.zeros(s.shape) for path, s in ours.sums.items()} for C in limits}
     for b in tqdm(range(B), "one by one", leave=False, disable=None):
         loss, tree = grad(*_rows(arrays, b))
         grads = {path: _float64(g) for path, g in named_arrays(tree)}
         losses[b] = loss.item()
         norms[b] = np.sqrt(sum((g**2).sum() for g in grads.values()))
-        factors = {path: f for group in groups for path, f in _factors(engine, group, grads)}
-        for path in sums:
-            sums[path] += factors[path] * grads.get(path, 0.0)
+        for C in limits:
+            factors = {path: f for group in groups for path, f in _factors(engine, group, grads, C)}
+            for path in sums[C]:
+                sums[C][path] += factors[path] * grads.get(path, 0.0)
     loss_error = _require("the loss of", _relative(_float64(ours.losses), losses), rtol)
     norm_error = _require("the gradient norm of", _relative(np.sqrt(_float64(ours.sq_norms)), norms), rtol)
+    return loss_error, norm_error, max(_sum_error(limits[C].sums, sums[C], C, rtol) for C in limits)
+
+
+def _least(norms: Any) -> float:
+    positive = norms[np.isfinite(norms) & (norms > 0)]
+    return float(positive.min()) if positive.size else 0.0
+
+
+def _sum_error(ours: dict[str, mx.array], sums: dict[str, Any], C: float, rtol: float) -> float:
     scale = np.sqrt(sum((s**2).sum() for s in sums.values())) + 1e-30
-    sum_error = 0.0
+    worst = 0.0
     for path, s in sums.items():
-        error = float(np.linalg.norm(_float64(ours.sums[path]) - s) / scale)
-        sum_error = max(sum_error, error)
+        error = float(np.linalg.norm(_float64(ours[path]) - s) / scale)
+        worst = max(worst, error)
         if not error <= rtol:
             raise PrivacyError(
-                f"[check] clipped sum of {path} must equal that of a one-by-one loop but differs by {error:.2g}"
+                f"[check] clipped sum of {path} must equal that of a one-by-one loop but differs by {error:.2g} "
+                f"at max_grad_norm {C:.3g}"
             )
-    return loss_error, norm_error, sum_error
+    return worst
 
 
 def _coupling(
@@ -104,7 +124,7 @@ def _coupling(
     worst = 0.0
     for b in tqdm(range(B if B > 1 else 0), "among others", leave=False, disable=None):
         rows = [b if i == b else (b + 1) % B for i in range(B)]
-        among = _private(engine, model, loss_fn, _take(arrays, rows))
+        among = _private(engine, model, loss_fn, _take(arrays, rows), engine.max_grad_norm)
         for what, x, y in (("loss", among.losses, ours.losses), ("norm", among.sq_norms, ours.sq_norms)):
             error = float(_relative(_float64(x)[b : b + 1], _float64(y)[b : b + 1])[0])
             worst = max(worst, error)
@@ -125,9 +145,9 @@ def _rows(arrays: Arrays, b: int) -> Arrays:
     return _take(arrays, [b])
 
 
-def _factors(engine: "PrivacyEngine", group: Group, grads: dict[str, Any]) -> Iterator[tuple[str, float]]:
+def _factors(engine: "PrivacyEngine", group: Group, grads: dict[str, Any], C: float) -> Iterator[tuple[str, float]]:
     """Factor of one example in one group of parameters, for each of their paths."""
-    norm, C = np.sqrt(sum((grads[path] ** 2).sum() for path in group.paths if path in grads)), engine.max_grad_norm
+    norm = np.sqrt(sum((grads[path] ** 2).sum() for path in group.paths if path in grads))
     if np.inf == C:
         factor = 1.0
     elif engine._clipping.factor_mode == "automatic":

@@ -46,13 +46,14 @@ def refuse(model: nn.Module) -> None:
 def refusal(module: nn.Module) -> str | None:
     """Why this layer cannot be private, or None."""
     if isinstance(module, nn.BatchNorm):
+        statistics: Any = module
         return (
             "a BatchNorm couples the examples of a batch; use nn.GroupNorm(groups, dims, pytorch_compatible=True), as "
-            "engine.fix(model) does, or put it in eval mode"
-            if module.training
+            "engine.fix(model) does, or running statistics in eval mode"
+            if module.training or not statistics.track_running_stats
             else None
         )
-    own = own_trainable(module)
+    own = own_arrays(module, trainable=True)
     integers = [name for name, a in own.items() if not mx.issubdtype(a.dtype, mx.floating)]
     if integers:
         return f"its trainable {', '.join(integers)} must be floating but is not; freeze it"
@@ -62,11 +63,12 @@ def refusal(module: nn.Module) -> str | None:
     return None
 
 
-def own_trainable(module: nn.Module) -> dict[str, mx.array]:
-    """Trainable arrays of the layer itself, not of the layers in it."""
-    own: dict[str, Any] = {}
+def own_arrays(module: nn.Module, trainable: bool = False) -> dict[str, mx.array]:
+    """Arrays of the layer itself, not of the layers in it; all, or those that are trained."""
+    wanted: Any = nn.Module.trainable_parameter_filter if trainable else nn.Module.valid_parameter_filter
+    own: dict[str, mx.array] = {}
     for name, value in module.items():
-        if nn.Module.trainable_parameter_filter(module, name, value):
+        if wanted(module, name, value):
             own.update(_arrays(name, value))
     return own
 

@@ -7,7 +7,7 @@ from .taps import PrivacyError, Site, named_arrays
 
 
 def generic(site: Site, calls: list[Tapped]) -> PerSample:
-    """Any layer that mx.vmap can map: one vector-Jacobian product a sample."""
+    """Any layer that mx.vmap can map, for what it owns itself: one vector-Jacobian product a sample."""
     params = site.params
     result = PerSample()
     for c in calls:

@@ -311,28 +311,25 @@ def tapped(sites: list[Site], trace: Trace) -> Iterator[None]:
 
 
 def find_sites(model: nn.Module, rule_of: Callable[[nn.Module], Rule | None]) -> list[Site]:
-    """List the layers that own trainable parameters; one without a rule takes in everything beneath it."""
-    owners: dict[int, tuple[str, nn.Module]] = {}
-    slots: dict[tuple[int, Any], tuple[list[tuple[str, nn.Module]], Slot]] = {}
+    """List the layers that own trainable parameters."""
+    slots: dict[tuple[int, Any], tuple[str, nn.Module, Slot]] = {}
     for path, array in named_arrays(model.trainable_parameters()):
-        chain, slot = _locate(model, path, array)
-        slots[id(slot.container), slot.key] = (chain, slot)  # a shared layer: its last path counts, as in MLX
-        owners[id(chain[-1][1])] = chain[-1]
-    rules = {key: rule_of(module) for key, (_, module) in owners.items()}
+        owner_path, owner, slot = _locate(model, path, array)
+        slots[id(slot.container), slot.key] = (owner_path, owner, slot)  # shared: its last path counts, as in MLX
     sites: dict[int, Site] = {}
-    for chain, slot in slots.values():
-        path, module = next(((p, m) for p, m in chain if id(m) in rules and not rules[id(m)]), chain[-1])
-        slot.name = slot.path[len(path) + 1 :] if path else slot.path
-        site = sites.setdefault(id(module), Site(path, module, type(module), [], rules[id(module)]))
+    for path, module, slot in slots.values():
+        site = sites.setdefault(id(module), Site(path, module, type(module), [], rule_of(module)))
         site.slots.append(slot)
     return list(sites.values())
 
 
-def _locate(model: nn.Module, path: str, array: mx.array) -> tuple[list[tuple[str, nn.Module]], Slot]:
-    chain, container, parts = [("", model)], model, path.split(".")
+def _locate(model: nn.Module, path: str, array: mx.array) -> tuple[str, nn.Module, Slot]:
+    container: Any = model
+    owner_path, owner, parts = "", model, path.split(".")
     for i, part in enumerate(parts[:-1]):
         container = container[int(part) if isinstance(container, list) else part]
         if isinstance(container, nn.Module):
-            chain.append((".".join(parts[: i + 1]), container))
+            owner_path, owner = ".".join(parts[: i + 1]), container
     key = int(parts[-1]) if isinstance(container, list) else parts[-1]
-    return chain, Slot(path, "", container, key, array)
+    name = path[len(owner_path) + 1 :] if owner_path else path
+    return owner_path, owner, Slot(path, name, container, key, array)
