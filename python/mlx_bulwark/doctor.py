@@ -297,6 +297,7 @@ def _clipped_sum() -> Iterator[Case]:
         yield Case(_name(dtype), partial(clip.clipped_sum, _gradients(dtype), factors))
     yield Case("with noise", partial(clip.clipped_sum, _gradients(mx.float32), factors, 1.0, KEY, COUNTER))
     yield Case("wide", partial(clip.clipped_sum, _normals((2, 164_000)), factors[1:3]))
+    yield Case("short", partial(clip.clipped_sum, _normals((33, 31)), factors))
 
 
 @_op
