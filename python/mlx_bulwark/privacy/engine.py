@@ -171,10 +171,13 @@ class PrivacyEngine:
                 the others (`check` finds out).
 
         Returns:
-            A function ``f(model, batch)`` for a `Batch` of `batches`, or ``f(model, *arrays, mask=None, last=True)``
-            for arrays [B, ...] of your own, that returns the losses [B] (0 in padding rows; not covered by epsilon)
-            and `ClippedGradients`. mask [B] bool is False in padding rows; ``last=False`` says that the logical batch
-            goes on.
+            A function ``f(model, batch)`` for a `Batch` of `batches`, or ``f(model, *arrays, mask=None, units=None,
+            unit_reduction="mean", last=True)`` for arrays [B, ...] of your own, that returns the losses [B] (0 in
+            padding rows; not covered by epsilon) and `ClippedGradients`. mask [B] bool is False in padding rows.
+            units [B], integers below B, says which rows belong to one unit (a user's rows, an example's
+            augmentations, an example and its adversarial twin): their gradients are averaged (``"mean"``) or added
+            up (``"sum"``) before the one clip; by default every row is a unit. ``last=False`` says that the logical
+            batch goes on.
 
         Raises:
             PrivacyError: (from the returned function) the loss is not per example, a layer couples the batch, or

@@ -9,6 +9,8 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from ..ops.clip import clipped_sum, sample_sq_norms
+from ..ops.ghost import linear_sq_norms
+from .batches import UnitReduction
 from .clipping import Clipping, FactorMode, Group
 from .per_sample import PerSample, Tapped
 from .refusals import refuse
@@ -19,12 +21,38 @@ LossFunction = Callable[..., mx.array]
 
 
 class ClippedSums(NamedTuple):
-    """Losses [B], and per parameter path the float32 sum of the clipped per-sample gradients."""
+    """Losses [B], and per parameter path the float32 sum of the clipped gradients of the units.
+
+    ``sq_norms`` [B] are those of the units; ``mask`` [B], where not None, is False for rows or units that are padding.
+    """
 
     losses: mx.array
     sums: dict[str, mx.array]
     sq_norms: mx.array
     num_refused: mx.array
+    mask: mx.array | None
+
+
+class Units(NamedTuple):
+    """What is clipped as one: which rows, and what each of them weighs."""
+
+    ids: mx.array  # [B] int32; -1 for rows that take no part
+    weights: mx.array  # [B] float32, of a unit's rows: 1, or 1 over their number
+    mask: mx.array  # [B] bool: which units have rows
+
+    def of_rows(self, factors: mx.array) -> mx.array:
+        """Factors of units, [B], as those of rows, [B]."""
+        return mx.where(self.ids < 0, 0.0, (factors * self.weights)[mx.maximum(self.ids, 0)])
+
+
+def _make_units(units: mx.array, mask: mx.array | None, reduction: UnitReduction) -> Units:
+    B = units.shape[0]
+    ids = units.astype(mx.int32)
+    taken = (ids >= 0) & (ids < B)
+    ids = mx.where(taken if mask is None else taken & mask, ids, -1)
+    counts = mx.zeros((B,)).at[mx.maximum(ids, 0)].add((ids >= 0).astype(mx.float32))
+    weights = mx.ones((B,)) if reduction == "sum" else 1 / mx.maximum(counts, 1)
+    return Units(ids, weights, counts > 0)
 
 
 def clipped_sums(
@@ -35,8 +63,14 @@ def clipped_sums(
     max_grad_norm: float | mx.array,
     clipping: Clipping | FactorMode,
     plans: dict[Any, list[Planned]],
+    units: mx.array | None = None,
+    unit_reduction: UnitReduction = "mean",
 ) -> ClippedSums:
-    """Book-keeping (Bu et al. 2022): one backward pass to the layers' outputs, norms, factors, weighted sums."""
+    """Book-keeping (Bu et al. 2022): one backward pass to the layers' outputs, norms, factors, weighted sums.
+
+    ``units`` [B], below B: the gradients of a unit's rows are averaged or added up before the one clip. Without it
+    every row is a unit.
+    """
     refuse(model)
     sites = find_sites(model, rule_of)
     if not sites:
@@ -45,17 +79,26 @@ def clipped_sums(
     B = batch_size_of(batch)
     if B == 0:
         zeros = {s.path: mx.zeros(s.array.shape) for site in sites for s in site.slots}
-        return ClippedSums(mx.zeros((0,)), zeros, mx.zeros((0,)), mx.array(0))
+        return ClippedSums(mx.zeros((0,)), zeros, mx.zeros((0,)), mx.array(0), None)
+    clipping = clipping if isinstance(clipping, Clipping) else Clipping(clipping)
+    groups = clipping.groups(sites)
+    for site in sites:
+        site.clipped_together = any(g.paths.issuperset(s.path for s in site.slots) for g in groups)
     plan = _plan(model, sites, loss_fn, batch, B, plans)
     losses, layers = _backward(sites, plan, loss_fn, model, batch, B)
-    clipping = clipping if isinstance(clipping, Clipping) else Clipping(clipping)
-    parts = [part for g in clipping.groups(sites) if (part := _part(g, layers)).built or part.unbuilt]
-    norms = [part.sq_norms() for part in parts]
-    factors, total, num_refused = clipping.factors([p.group for p in parts], norms, max_grad_norm, mask)
-    sums = {path: s for part, f in zip(parts, factors, strict=True) for path, s in part.weighted_sums(f).items()}
+    parts = [part for g in groups if (part := _part(g, layers)).built or part.unbuilt]
+    joined = None if units is None else _make_units(units, mask, unit_reduction)
+    counted = joined.mask if joined else mask
+    norms = [part.sq_norms(joined) for part in parts]
+    factors, total, num_refused = clipping.factors([p.group for p in parts], norms, max_grad_norm, counted)
+    sums = {
+        path: s
+        for part, f in zip(parts, factors, strict=True)
+        for path, s in part.weighted_sums(joined.of_rows(f) if joined else f).items()
+    }
     for site in sites:  # a layer that the loss does not reach: its noise must be there all the same
         sums.update({s.path: mx.zeros(s.array.shape) for s in site.slots if s.path not in sums})
-    return ClippedSums(losses, sums, total, num_refused)
+    return ClippedSums(losses, sums, total, num_refused, counted)
 
 
 class _Part(NamedTuple):
@@ -65,9 +108,15 @@ class _Part(NamedTuple):
     built: dict[str, mx.array]
     unbuilt: list[tuple[Site, PerSample]]
 
-    def sq_norms(self) -> mx.array:
-        norms = [r.sq_norms for _, r in self.unbuilt if r.sq_norms is not None]
-        return sum(norms, sample_sq_norms(self.built)) if self.built else sum(norms[1:], norms[0])
+    def sq_norms(self, units: Units | None) -> mx.array:
+        ids = units.ids if units else None
+        norms = [r.sq_norms(ids) for _, r in self.unbuilt if r.sq_norms is not None]
+        if ids is None and self.built:
+            norms.append(sample_sq_norms(self.built))
+        if ids is not None:  # the sum of a unit's rows is the product of these rows with ones
+            norms += [linear_sq_norms(mx.ones((g.shape[0], 1)), _rows(g), segments=ids) for g in self.built.values()]
+        total = sum(norms[1:], norms[0])
+        return total * units.weights.square() if units else total
 
     def weighted_sums(self, factors: mx.array) -> dict[str, mx.array]:
         sums: dict[str, mx.array] = clipped_sum(self.built, factors) if self.built else {}
@@ -75,6 +124,10 @@ class _Part(NamedTuple):
             weighted = result.weighted_sums(factors) if result.weighted_sums else {}
             sums.update({s.path: weighted[s.name] for s in site.slots if s.name in weighted})
         return sums
+
+
+def _rows(g: mx.array) -> mx.array:
+    return mx.flatten(g, 1) if g.ndim > 1 else g[:, None]
 
 
 def _part(group: Group, layers: list[tuple[Site, PerSample]]) -> _Part:

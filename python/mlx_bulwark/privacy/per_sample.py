@@ -8,6 +8,7 @@ import mlx.core as mx
 
 from .taps import Call, Planned
 
+SqNorms = Callable[[mx.array | None], mx.array]
 WeightedSums = Callable[[mx.array], dict[str, mx.array]]
 
 
@@ -16,7 +17,8 @@ class PerSample:
     """Per-sample gradients of one layer: built, or as norms and a way to their weighted sum."""
 
     built: dict[str, mx.array] = field(default_factory=dict)  # name -> [B, ...]
-    sq_norms: mx.array | None = None  # [B], of the gradients that are not built
+    # Of the gradients that are not built: units [B], None where every row is one -> squared norms [B] of the units
+    sq_norms: SqNorms | None = None
     weighted_sums: WeightedSums | None = None  # factors [B] -> their weighted sums
 
 
@@ -53,26 +55,18 @@ def combine(results: Iterable[PerSample]) -> PerSample:
     norms = [r.sq_norms for r in parts if r.sq_norms is not None]
     weighted = [r.weighted_sums for r in parts if r.weighted_sums is not None]
 
+    def sq_norms(units: mx.array | None) -> mx.array:
+        each = [f(units) for f in norms]
+        return sum(each[1:], each[0])
+
     def weighted_sums(factors: mx.array) -> dict[str, mx.array]:
         return {name: s for f in weighted for name, s in f(factors).items()}
 
     return PerSample(
         {name: g for r in parts for name, g in r.built.items()},
-        sum(norms[1:], norms[0]) if norms else None,
+        sq_norms if norms else None,
         weighted_sums if weighted else None,
     )
-
-
-def keep(factors: mx.array, x: mx.array) -> mx.array:
-    """x with zeros in the samples of factor 0, whatever they hold: 0 * NaN would be NaN."""
-    f = factors.reshape(-1, *[1] * (x.ndim - 1))
-    return mx.where(f == 0, mx.zeros((), x.dtype), x)
-
-
-def scale(factors: mx.array, x: mx.array) -> mx.array:
-    """factors * x, with zeros in the samples of factor 0."""
-    f = factors.reshape(-1, *[1] * (x.ndim - 1))
-    return mx.where(f == 0, mx.zeros((), mx.float32), f * x)
 
 
 def rows(x: mx.array) -> mx.array:

@@ -2,8 +2,15 @@
 
 import mlx.core as mx
 
-from .per_sample import PerSample, Tapped, join, rows, scale
-from .rules_products import product, product_sq_norms, product_sum
+from ..ops.ghost import (
+    embedding_clipped_sum,
+    embedding_linear_products,
+    embedding_sq_norms,
+    linear_clipped_sum,
+    linear_sq_norms,
+)
+from .per_sample import PerSample, Tapped, join, rows
+from .rules_products import product
 from .taps import Site
 
 
@@ -51,35 +58,20 @@ def table(
     multiplied: inputs [B, T, d] that were multiplied by its transpose, and output gradients [B, T, V].
     """
     if multiplied and not looked_up:
-        return product(name, shape, multiplied[0][:, None], multiplied[1][:, None])
+        return product(name, shape, *multiplied)
     assert looked_up
 
-    def weighted_sums(factors: mx.array) -> dict[str, mx.array]:
-        total = _lookup_sum(shape, *looked_up, factors)
+    def sq_norms(units: mx.array | None) -> mx.array:
+        total = embedding_sq_norms(*looked_up, segments=units)
         if multiplied:
-            total = total + product_sum(shape, multiplied[0][:, None], multiplied[1][:, None], factors)
+            total = total + linear_sq_norms(*multiplied, segments=units)
+            total = total + 2 * embedding_linear_products(*looked_up, *multiplied, segments=units)
+        return mx.where(total < 0, 0.0, total)  # NaN stays NaN
+
+    def weighted_sums(factors: mx.array) -> dict[str, mx.array]:
+        total = embedding_clipped_sum(*looked_up, factors, shape[0])
+        if multiplied:
+            total = total + linear_clipped_sum(*multiplied, factors).weight
         return {name: total}
 
-    sq_norms = lookup_sq_norms(*looked_up)
-    if multiplied:
-        sq_norms = sq_norms + product_sq_norms(multiplied[0][:, None], multiplied[1][:, None])
-        sq_norms = mx.maximum(sq_norms + 2 * cross_terms(*looked_up, *multiplied), 0)
     return PerSample(sq_norms=sq_norms, weighted_sums=weighted_sums)
-
-
-def _lookup_sum(shape: tuple[int, ...], tokens: mx.array, D: mx.array, factors: mx.array) -> mx.array:
-    return mx.zeros(shape).at[tokens.reshape(-1)].add(scale(factors, D).reshape(-1, shape[1]))
-
-
-def lookup_sq_norms(tokens: mx.array, D: mx.array) -> mx.array:
-    """Squared norms [B]: output gradients of the same token are summed, so their products count."""
-    same = (tokens[:, :, None] == tokens[:, None, :]).astype(mx.float32)
-    gram = (D @ D.swapaxes(1, 2)) * same
-    return gram.reshape(gram.shape[0], -1).sum(axis=1)
-
-
-def cross_terms(tokens: mx.array, D: mx.array, U: mx.array, E: mx.array) -> mx.array:
-    """Inner products [B] of the gradients of a table by lookup, tokens and D, and by product, U and E."""
-    at = mx.broadcast_to(tokens[:, None, :], (*U.shape[:2], tokens.shape[1]))
-    gram = (U @ D.swapaxes(1, 2)) * mx.take_along_axis(E, at, axis=2)
-    return gram.reshape(gram.shape[0], -1).sum(axis=1)

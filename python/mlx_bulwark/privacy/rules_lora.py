@@ -42,10 +42,10 @@ def _low_rank(site: Site, inputs: Rows) -> PerSample:
     results = []
     if "lora_a" in params:
         inner = D @ layer.lora_b.astype(mx.float32).T
-        results.append(product("lora_a", params["lora_a"].shape, inner[:, None], h[:, None]))
+        results.append(product("lora_a", params["lora_a"].shape, inner, h))
     if "lora_b" in params:
         inner = h @ layer.lora_a.astype(mx.float32)
-        results.append(product("lora_b", params["lora_b"].shape, D[:, None], inner[:, None]))
+        results.append(product("lora_b", params["lora_b"].shape, D, inner))
     return combine(results)
 
 
@@ -99,7 +99,7 @@ def _low_rank_table(site: Site, looked_up: Rows, multiplied: Rows) -> PerSample:
         results.append(table("lora_a", A.shape, joined(of_tokens), joined(of_rows)))
     if "lora_b" in site.params:
         pairs = [(D, A[tokens]) for tokens, D in looked_up] + [(h, D @ A) for h, D in multiplied]
-        right, left = (join(list(parts), 1)[:, None] for parts in zip(*pairs, strict=True))
+        right, left = (list(parts) for parts in zip(*pairs, strict=True))
         results.append(product("lora_b", B.shape, right, left))
     return combine(results)
 

@@ -19,7 +19,7 @@ def quantized_linear(site: Site, calls: list[Tapped]) -> PerSample:
         results.append(bias("bias", D))
     if "biases" in params:
         of_groups = U.reshape(*U.shape[:2], -1, size).sum(axis=-1)
-        results.append(product("biases", params["biases"].shape, of_groups[:, None], D[:, None]))
+        results.append(product("biases", params["biases"].shape, of_groups, D))
     if "scales" in params:
         scales = params["scales"]
         integers = mx.dequantize(

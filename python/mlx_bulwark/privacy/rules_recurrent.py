@@ -54,9 +54,7 @@ def _gates(site: Site, calls: list[Tapped], name: str, of_input: str, of_hidden:
 
 def _products(site: Site, weights: dict[str, tuple[mx.array, mx.array]], biases: dict[str, mx.array]) -> PerSample:
     params = site.params
-    of_weights = [
-        product(name, params[name].shape, U[:, None], D[:, None]) for name, (U, D) in weights.items() if name in params
-    ]
+    of_weights = [product(name, params[name].shape, U, D) for name, (U, D) in weights.items() if name in params]
     return combine(of_weights + [bias(name, D) for name, D in biases.items() if name in params])
 
 

@@ -5,12 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..ops.noise import add_gaussian, advance_counter, blocks_used
-from .batches import Batch
+from .batches import Batch, UnitReduction
 from .clipping import QUANTILE
 from .events import CyclicPoisson, Shuffle
-from .gradients import LossFunction, clipped_sums
+from .gradients import LossFunction, batch_size_of, clipped_sums, to_mlx
 from .optimizer import ClippedGradients, PrivateOptimizer
 from .state import is_traced
 from .taps import Planned, PrivacyError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from .engine import PrivacyEngine
 
 LossAndGrad = Callable[..., tuple[mx.array, ClippedGradients]]
+Rows = tuple[list[mx.array], mx.array, mx.array | None]  # data, mask, units
 
 
 def private_value_and_grad(engine: "PrivacyEngine", model: nn.Module, loss_fn: LossFunction) -> LossAndGrad:
@@ -26,7 +28,12 @@ def private_value_and_grad(engine: "PrivacyEngine", model: nn.Module, loss_fn: L
     plans: dict[Any, list[Planned]] = {}
 
     def loss_and_grad(
-        called_model: nn.Module, *batch: Any, mask: mx.array | None = None, last: bool = True
+        called_model: nn.Module,
+        *batch: Any,
+        mask: mx.array | None = None,
+        units: mx.array | None = None,
+        unit_reduction: UnitReduction = "mean",
+        last: bool = True,
     ) -> tuple[mx.array, ClippedGradients]:
         if called_model is not model:
             raise PrivacyError("[value_and_grad] model must be the one that value_and_grad was given but is another")
@@ -34,11 +41,33 @@ def private_value_and_grad(engine: "PrivacyEngine", model: nn.Module, loss_fn: L
         if isinstance(first, Batch):
             _refuse_out_of_order(engine, first.step)
             batch, mask, last = first.data, first.mask, first.last
+            units, unit_reduction = first.units, first.unit_reduction
         else:
             _refuse_out_of_order(engine, None)
-        return _loss_and_grad(engine, model, loss_fn, batch, mask, last, plans)
+        units = _checked(units, batch)
+        return _loss_and_grad(engine, model, loss_fn, batch, mask, units, unit_reduction, last, plans)
 
     return loss_and_grad
+
+
+def _checked(units: Any, batch: tuple[Any, ...]) -> mx.array | None:
+    """Units as an array; a row with an id that stands for no unit would be left out in silence."""
+    if units is None:
+        return None
+    ids, B = mx.array(units), batch_size_of(to_mlx(batch))
+    if ids.shape != (B,) or not mx.issubdtype(ids.dtype, mx.integer):
+        raise PrivacyError(
+            f"[value_and_grad] units must have shape ({B},) and an integer dtype but has shape {ids.shape} and dtype "
+            f"{ids.dtype}"
+        )
+    if B and not is_traced(ids):
+        low, high = np.array(ids).min(), np.array(ids).max()
+        if low < 0 or high >= B:
+            raise PrivacyError(
+                f"[value_and_grad] units must be numbers from 0 to {B - 1}, one for each row, but lie between {low} "
+                f"and {high}"
+            )
+    return ids
 
 
 def _loss_and_grad(
@@ -47,14 +76,16 @@ def _loss_and_grad(
     loss_fn: LossFunction,
     data: tuple[Any, ...],
     mask: mx.array | None,
+    units: mx.array | None,
+    unit_reduction: UnitReduction,
     last: bool,
     plans: dict[Any, list[Planned]],
 ) -> tuple[mx.array, ClippedGradients]:
     norm = engine.state["max_grad_norm"]
-    r = clipped_sums(model, loss_fn, data, mask, norm, engine._clipping, plans)
+    r = clipped_sums(model, loss_fn, data, mask, norm, engine._clipping, plans, units, unit_reduction)
     losses = r.losses if mask is None else mx.where(mask, r.losses, 0)
     if quantile := engine._clipping.quantile:
-        r.sums[QUANTILE] = quantile.counted(r.sq_norms, norm, engine.state["noise_std"], mask)
+        r.sums[QUANTILE] = quantile.counted(r.sq_norms, norm, engine.state["noise_std"], r.mask)
     return losses, ClippedGradients(engine, r.sums, r.sq_norms, r.num_refused, last)
 
 
@@ -145,12 +176,15 @@ def compiled_step(
     optimizer.init(model.trainable_parameters())
     state = [model.state, optimizer.state, engine.state, mx.random.state]
 
-    def piece(data: list[mx.array], mask: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
-        losses, gradients = _loss_and_grad(engine, model, loss_fn, tuple(data), mask, True, plans)
+    def gradients_of(rows: Rows, reduction: UnitReduction) -> tuple[mx.array, ClippedGradients]:
+        return _loss_and_grad(engine, model, loss_fn, tuple(rows[0]), *rows[1:], reduction, True, plans)
+
+    def piece(rows: Rows, reduction: UnitReduction) -> tuple[mx.array, dict[str, mx.array]]:
+        losses, gradients = gradients_of(rows, reduction)
         return losses, spend(engine, gradients)
 
-    def end(data: list[mx.array], mask: mx.array, accumulated: dict[str, mx.array]) -> mx.array:
-        losses, gradients = _loss_and_grad(engine, model, loss_fn, tuple(data), mask, True, plans)
+    def end(rows: Rows, reduction: UnitReduction, accumulated: dict[str, mx.array]) -> mx.array:
+        losses, gradients = gradients_of(rows, reduction)
         gradients._sums = add(gradients._sums, accumulated)
         optimizer.update(model, gradients)
         return losses
@@ -163,11 +197,12 @@ def compiled_step(
         engine._books.admit(engine.steps)
         _refuse_out_of_order(engine, batch.step)
         losses: mx.array
+        rows: Rows = (list(batch.data), batch.mask, batch.units)
         if batch.last:
-            losses = compiled_end(list(batch.data), batch.mask, engine._accumulated)
+            losses = compiled_end(rows, batch.unit_reduction, engine._accumulated)
             engine._accumulated = {}
         else:
-            losses, sums = compiled_piece(list(batch.data), batch.mask)
+            losses, sums = compiled_piece(rows, batch.unit_reduction)
             _accumulate(engine, sums)
         return losses
 

@@ -83,6 +83,7 @@ class Site:
     cls: type[nn.Module]
     slots: list[Slot]
     rule: Rule | None
+    clipped_together: bool = False  # all its parameters in one group
 
     @property
     def methods(self) -> tuple[str, ...]:
