@@ -297,7 +297,7 @@ def _clipped_sum() -> Iterator[Case]:
         yield Case(_name(dtype), partial(clip.clipped_sum, _gradients(dtype), factors))
     yield Case("with noise", partial(clip.clipped_sum, _gradients(mx.float32), factors, 1.0, KEY, COUNTER))
     yield Case("wide", partial(clip.clipped_sum, _normals((2, 164_000)), factors[1:3]))
-    yield Case("short", partial(clip.clipped_sum, _normals((33, 31)), factors))
+    yield Case("short", partial(clip.clipped_sum, _normals((33, 31, 8)), factors, 1.0, KEY, COUNTER))
 
 
 @_op
@@ -307,6 +307,7 @@ def _clip_and_sum() -> Iterator[Case]:
         for dtype in TOLERANCES:
             run = partial(clip.clip_and_sum, _gradients(dtype), 100.0, mode, mask, 1.0, KEY, COUNTER)
             yield Case(f"{_name(dtype)}, {mode}", run)
+    yield Case("short", partial(clip.clip_and_sum, _normals((33, 31, 8)), 10.0, "flat", mask, 1.0, KEY, COUNTER))
 
 
 def _layer(dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
@@ -345,15 +346,17 @@ def _linear_clipped_sum() -> Iterator[Case]:
 @_op
 def _conv_sq_norms() -> Iterator[Case]:
     for dtype in TOLERANCES:
+        x, dy = _image(dtype)
         for method in ("gram", "direct"):
-            run = partial(ghost.conv_sq_norms, *_image(dtype), 3, method=method, **CONVOLUTION, **SEGMENTS)
+            run = partial(ghost.conv_sq_norms, x, dy, 3, method=method, **CONVOLUTION, **SEGMENTS)
             yield Case(f"{_name(dtype)}, {method}", run)
 
 
 @_op
 def _conv_sample_grads() -> Iterator[Case]:
     for dtype in TOLERANCES:
-        yield Case(_name(dtype), partial(ghost.conv_sample_grads, *_image(dtype), 3, **CONVOLUTION, **SEGMENTS))
+        x, dy = _image(dtype)
+        yield Case(_name(dtype), partial(ghost.conv_sample_grads, x, dy, 3, **CONVOLUTION, **SEGMENTS))
 
 
 @_op
