@@ -94,3 +94,141 @@ def test_refused(backend):
     (batch,) = engine().batches(np.zeros(1000), steps=1)
     with pytest.raises(TypeError, match="passed whole"):
         _ = [*batch]
+
+
+# Units of several rows
+
+
+def people(seed=0):
+    """Rows of 40 people, who have 1 to 9 each and stand in no order."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 10, 40)
+    ids = rng.permutation(np.repeat(np.arange(40), counts))
+    return np.array([f"person {i:02d}" for i in ids]), counts
+
+
+def logical_units(batches, ids):
+    """For each logical batch, rows by person; every physical batch must hold people whole."""
+    logical, current = [], {}
+    for b in batches:
+        mask, numbers = np.array(b.mask), np.array(b.units)
+        rows = np.array(b.data[0])[mask]
+        assert (numbers[~mask] == -1).all()
+        assert (numbers[mask] >= 0).all()
+        of_number = {}
+        for row, number in zip(rows, numbers[mask], strict=True):
+            of_number.setdefault(number, []).append(int(row))
+        people = {}
+        for mine in of_number.values():
+            (person,) = set(ids[mine])
+            people[person] = mine
+        assert len(people) == len(of_number)
+        assert not set(people) & set(current)
+        current.update(people)
+        if b.last:
+            logical.append(current)
+            current = {}
+    assert not current
+    return logical
+
+
+@pytest.mark.parametrize("sampling", [{}, {"sampling": "shuffle"}, {"sampling": "cyclic_poisson", "cycle_length": 3}])
+def test_people_are_drawn_whole_and_bounded(sampling):
+    ids, counts = people()
+    e = engine(40, 10, **sampling)
+    batches = e.batches(np.arange(len(ids)), units=ids, max_rows_per_unit=4, steps=30, microbatch_size=17)
+    assert {b.mask.shape for b in batches} == {(17,)}
+    seen = np.zeros(40)
+    for drawn in logical_units(batches, ids):
+        for person, rows in drawn.items():
+            i = int(person[-2:])
+            seen[i] += 1
+            assert len(rows) == len(set(rows)) == min(4, counts[i])
+    assert (seen > 0).all()
+    assert e.adjacency.endswith("one unit (all its rows)") or "zeros" in e.adjacency
+
+
+def test_people_are_drawn_by_a_coin_each_whatever_they_have(backend):
+    # chi-square over people, two-sided: a false alarm once in 10,000 runs; the number of rows has no say
+    ids, counts = people()
+    steps, q = 400, 0.25
+    batches = engine(40, 10).batches(np.arange(len(ids)), units=ids, max_rows_per_unit=3, steps=steps)
+    seen, rows = np.zeros(40), np.zeros(len(ids))
+    for drawn in logical_units(batches, ids):
+        for person, mine in drawn.items():
+            seen[int(person[-2:])] += 1
+            rows[mine] += 1
+    chi2 = ((seen - steps * q) ** 2).sum() / (steps * q * (1 - q))
+    assert stats.chi2.cdf(chi2, 40) == pytest.approx(0.5, abs=0.49995)
+    # and the rows of a person are chosen alike: fixed margins leave (n - 1) degrees of freedom a person
+    total, degrees = 0.0, 0
+    for i in range(40):
+        mine = rows[ids == f"person {i:02d}"]
+        if counts[i] > 3:
+            p = 3 / counts[i]
+            total += ((mine - seen[i] * p) ** 2).sum() / (seen[i] * p * (1 - p)) * (1 - 1 / counts[i])
+            degrees += counts[i] - 1
+    assert stats.chi2.cdf(total, degrees) == pytest.approx(0.5, abs=0.49995)
+
+
+def test_copies_are_of_one_unit(backend):
+    x = np.arange(1000, dtype=np.float32)[:, None]
+    calls = []
+
+    def augment(x, y):
+        calls.append(x.shape)
+        return x + mx.random.uniform(0.1, 0.4, x.shape), y
+
+    e = engine(1000, 20)
+    batches = e.batches((x, x[:, 0]), steps=10, augment=augment, multiplicity=4, microbatch_size=50)
+    for b in batches:
+        mask, numbers = np.array(b.mask), np.array(b.units)[np.array(b.mask)]
+        copies, original = np.array(b.data[0])[mask, 0], np.array(b.data[1])[mask]
+        assert mask.sum() % 4 == 0
+        assert (numbers == np.repeat(np.arange(len(numbers) // 4), 4)).all()
+        assert (np.floor(copies) == original).all()
+        assert len(set(copies)) == len(copies)
+        assert len(set(original)) == len(original) // 4
+    assert set(calls) == {(50, 1)}
+    assert e.adjacency == "add or remove one example"
+
+
+def test_copies_of_peoples_rows(backend):
+    ids, _ = people()
+    batches = engine(40, 10).batches(
+        np.arange(len(ids)), units=ids, max_rows_per_unit=3, augment=lambda x: x, multiplicity=2, steps=5
+    )
+    for b in batches:
+        numbers, rows = np.array(b.units)[np.array(b.mask)], np.array(b.data[0])[np.array(b.mask)]
+        for number in set(numbers):
+            mine = rows[numbers == number]
+            assert len(mine) <= 6
+            assert len(set(ids[mine])) == 1
+            assert sorted(mine) == sorted([*set(mine), *set(mine)])
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"units": np.zeros(1000)}, "max_rows_per_unit must be at least 1"),
+        ({"units": np.zeros(1000), "max_rows_per_unit": 0}, "max_rows_per_unit must be at least 1"),
+        ({"units": np.zeros(1000), "max_rows_per_unit": 2}, "must have 1000 different ids, .* but has 1"),
+        ({"units": np.zeros(999), "max_rows_per_unit": 2}, r"units must have shape \[1000\]"),
+        ({"max_rows_per_unit": 2}, "max_rows_per_unit must come with units"),
+        ({"multiplicity": 2}, "multiplicity must be"),
+        ({"multiplicity": 0, "augment": lambda x: x}, "multiplicity must be"),
+        ({"unit_reduction": "max"}, "unit_reduction must be"),
+        (
+            {"units": np.arange(1000), "max_rows_per_unit": 9, "microbatch_size": 8},
+            "must hold the 9 rows that one unit",
+        ),
+    ],
+)
+def test_units_refused(more, says):
+    with pytest.raises(ValueError, match=says):
+        engine().batches(np.zeros(1000), steps=1, **more)
+
+
+def test_an_augmentation_of_another_size_is_refused():
+    with pytest.raises(ValueError, match=r"augment must return arrays of 136 rows but result 0 has shape \[68\]"):
+        next(iter(engine().batches(np.zeros(1000), steps=1, augment=lambda x: x[::2], microbatch_size=136)))
