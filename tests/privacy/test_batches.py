@@ -113,8 +113,7 @@ def logical_units(batches, ids):
     for b in batches:
         mask, numbers = np.array(b.mask), np.array(b.units)
         rows = np.array(b.data[0])[mask]
-        assert (numbers[~mask] == -1).all()
-        assert (numbers[mask] >= 0).all()
+        assert ((numbers >= 0) & (numbers < len(mask))).all()
         of_number = {}
         for row, number in zip(rows, numbers[mask], strict=True):
             of_number.setdefault(number, []).append(int(row))

@@ -26,7 +26,7 @@ class Batch:
     data: tuple[mx.array, ...]  # arrays [P, ...]
     mask: mx.array  # [P] bool: False in padding rows
     last: bool
-    units: mx.array | None = None  # [P] int32 below P, -1 in padding: which unit a row is of; None: each its own
+    units: mx.array | None = None  # [P] int32 below P: which unit a row is of; None: each its own
     unit_reduction: UnitReduction = "mean"
     step: int | None = None  # which step of the engine draws it
 
@@ -150,7 +150,7 @@ class Source:
             data = _augmented(self._augment, data, size)
         units = None
         if self.rows_per_unit > 1:
-            ids = np.full(size, -1, np.int32)
+            ids = np.zeros(size, np.int32)
             ids[:taken] = np.repeat(np.arange(len(counts)), counts * self.multiplicity)[:taken]
             units = mx.array(ids)
         return Batch(data, mx.array(np.arange(size) < taken), last, units, self._unit_reduction, step)
