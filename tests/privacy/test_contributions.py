@@ -145,16 +145,15 @@ def test_a_compiled_step_is_traced_for_the_first_batches_alone(backend, mode):
     e, model, loss = engine(60, batch_size=12, **MODES[mode]), net(), Counted()
     optimizer = e.wrap(optim.Adam(0.01))
     step = e.compiled_step(model, optimizer, loss)
-    kinds, late, first = set(), 0, True
-    for b in e.batches((x, scale), units=ids, max_rows_per_unit=3, steps=40, microbatch_size=24):
+    kinds, late, alone = set(), 0, True
+    for b in e.batches((x, scale), units=ids, max_rows_per_unit=3, steps=15, microbatch_size=24):
         before = loss.calls
         mx.eval(step(b), model.state, optimizer.state, e.state)
-        kind = (b.last, first)  # the last piece of several takes what was added up before it
-        late += loss.calls - before if (b.last, first or not b.last) in kinds else 0
-        kinds.add((b.last, first or not b.last))
-        first = b.last
-        assert kind
-    assert e.steps == 40
+        kind = ("last, alone" if alone else "last of several") if b.last else "middle"
+        late += loss.calls - before if kind in kinds else 0
+        kinds.add(kind)
+        alone = b.last
+    assert e.steps == 15
     assert len(kinds) == 3
     assert late == 0
     assert loss.calls <= 2 + 3  # two dry runs that learn the shapes, and a trace of each kind
