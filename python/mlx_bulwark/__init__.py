@@ -40,6 +40,8 @@ from .privacy import (
     ValidationReport,
     compute_epsilon,
     find_noise_multiplier,
+    find_steps,
+    ledger_epsilon,
 )
 
 __all__ = [
@@ -74,8 +76,10 @@ __all__ = [
     "embedding_linear_products",
     "embedding_sq_norms",
     "find_noise_multiplier",
+    "find_steps",
     "gaussian",
     "key_from_seed",
+    "ledger_epsilon",
     "linear_clipped_sum",
     "linear_sample_grads",
     "linear_sq_norms",

@@ -1,11 +1,13 @@
 """Differentially private training."""
 
-from .accounting import compute_epsilon, find_noise_multiplier
+from . import schedules
+from .accounting import compute_epsilon, find_noise_multiplier, find_steps
 from .audit import AttackPoint, AuditReport, MembershipAttack, audit_engine, audit_privacy
 from .batches import Batch, Batches
 from .check import CheckReport
 from .clipping import AdaptiveClipping, Sensitivity
 from .engine import PrivacyEngine
+from .ledger import ledger_epsilon
 from .one_run import GuessBound, one_run_epsilon
 from .optimizer import ClippedGradients, PrivateOptimizer
 from .taps import PrivacyError
@@ -32,5 +34,8 @@ __all__ = [
     "audit_privacy",
     "compute_epsilon",
     "find_noise_multiplier",
+    "find_steps",
+    "ledger_epsilon",
     "one_run_epsilon",
+    "schedules",
 ]

@@ -1,50 +1,119 @@
-"""What has been spent: runs of steps, each under one event."""
+"""What has been spent, what may be: runs of steps, each under one event, the plan, the target and the ledger."""
 
-import math
+import functools
+import json
 import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from .events import Accountant, Event, Run, composed_epsilon, releases_of
+from .accounting import MOST_STEPS, calibrate, check_delta, check_epsilon, most_steps
+from .events import Accountant, Event, Run, composed_epsilon, integer_rdp_epsilon, joined, releases_of
+from .ledger import Ledger
+from .plan import Plan
 from .taps import PrivacyError
+
+FORMAT, VERSION = "mlx-bulwark engine state", 1
+AHEAD = 1024  # steps that are looked at together where none are planned
+FAR = 1 << 16  # most steps that are planned from a schedule without an end
 
 
 class Books:
     """Counts steps and the events they were charged under.
 
-    The steps are counted where they happen: here for eager and compiled steps of the engine, and in the engine's state
-    by a compiled step of the user's own, where no Python runs.
+    A step that was charged stays charged. The steps are counted here, except where a compiled step of the user's own
+    runs and no Python does: that counts them in the engine's state, which `refresh` reads.
     """
 
-    def __init__(self, event: Event, accountant: Accountant, planned_steps: int | None) -> None:
-        self.event, self.accountant, self.planned_steps = event, accountant, planned_steps
-        self._closed: list[Run] = []  # runs of events that are over
-        self._closed_steps = 0
+    def __init__(
+        self,
+        plan: Plan,
+        accountant: Accountant,
+        *,
+        planned_steps: int | None = None,
+        delta: float | None = None,
+        target_epsilon: float | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
+        self.plan = plan
+        self.accountant, self.planned_steps = accountant, planned_steps
+        self.delta, self.target_epsilon = delta, target_epsilon
+        self.ledger = ledger
+        self._closed: tuple[Run, ...] = ledger.runs if ledger else ()
+        self._closed_steps = self.steps = ledger.steps if ledger else 0
+        self.session = ledger.session if ledger else 0
+        self._admitted = 0  # the target is known to hold for so many steps
+        self.event = plan.event_at(self.steps)
         self._process = os.getpid()
 
-    def runs(self, steps: int) -> tuple[Run, ...]:
-        """Return the composition of the first ``steps`` steps, all that were charged."""
-        return (*self._closed, Run(self.event, steps - self._closed_steps))
+    def rehearsal(self) -> "Books":
+        """Books for steps that are thrown away: the next step's event again and again, without limits or a ledger."""
+        mechanism = self.event.mechanism
+        plan = replace(self.plan, noise_multiplier=mechanism.noise_multiplier, max_grad_norm=mechanism.max_grad_norm)
+        return Books(plan, self.accountant)
 
-    def change_event(self, event: Event, steps: int) -> None:
-        """Charge the steps after the first ``steps`` under another event."""
-        if event == self.event:
-            return
-        if steps > self._closed_steps:
-            self._closed.append(Run(self.event, steps - self._closed_steps))
-            self._closed_steps = steps
-        self.event = event
+    @property
+    def needs_python(self) -> bool:
+        """Whether something must happen before each step that a compiled function cannot do."""
+        return self.plan.scheduled or self.ledger is not None or self.target_epsilon is not None
 
-    def epsilon(self, steps: int, delta: float) -> float:
-        """Epsilon of the first ``steps`` steps."""
-        return composed_epsilon(releases_of(self.runs(steps)), delta, self.accountant)
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """The composition of all steps that were charged."""
+        return joined([*self._closed, Run(self.event, self.steps - self._closed_steps, self.session)])
 
-    def admit(self, steps: int) -> None:
-        """Refuse the step after the first ``steps`` where it is not planned. Nothing is spent by asking."""
+    def epsilon(self, delta: float) -> float:
+        """Epsilon of all steps that were charged."""
+        return composed_epsilon(releases_of(self.runs), delta, self.accountant)
+
+    def remaining(self) -> int | None:
+        """Return how many more steps the plan and the target allow; None where nothing limits them."""
+        limits = []
+        if self.planned_steps is not None:
+            limits.append(max(0, self.planned_steps - self.steps))
+        if self.target_epsilon is not None:
+            endless = FAR if self.plan.scheduled else MOST_STEPS
+            limits.append(self._affordable(limits[0] if limits else endless))
+        return min(limits, default=None)
+
+    def admit(self) -> None:
+        """Refuse the next step where it must not happen. Nothing is spent by asking."""
         self.refuse_fork()
-        if steps >= (math.inf if self.planned_steps is None else self.planned_steps):
+        if self.ledger is not None and self.ledger.closed:
+            raise PrivacyError("[update] engine must be open but was closed, and its ledger with it")
+        if self.planned_steps is not None and self.steps >= self.planned_steps:
             raise PrivacyError(
                 f"[update] steps must stay within the {self.planned_steps} planned ones but the next would be "
-                f"step {steps + 1}"
+                f"step {self.steps + 1}"
             )
+        if self.target_epsilon is not None and self.steps >= self._admitted:
+            ahead = AHEAD if self.planned_steps is None else self.planned_steps - self.steps
+            self._admitted = self.steps + self._affordable(ahead)
+            if self.steps >= self._admitted:
+                raise PrivacyError(
+                    f"[update] epsilon must stay within the target {self.target_epsilon:g} at delta {self.delta:g} "
+                    f"but step {self.steps + 1} would pass it"
+                )
+
+    def charge(self) -> None:
+        """Count the next step; with a ledger, its line is on the disk first."""
+        if self.ledger is not None:
+            self.ledger.append(self.event)
+        self.steps += 1
+
+    def advance(self) -> bool:
+        """Turn to the event of the next step; tell whether it is another than before."""
+        return self.plan.scheduled and self.change_event(self.plan.event_at(self.steps))
+
+    def change_event(self, event: Event) -> bool:
+        """Charge the steps from now on under another event; tell whether it is another."""
+        if event == self.event:
+            return False
+        if event.releases(0, 1) != self.event.releases(0, 1) and not self.plan.scheduled:
+            self._admitted = 0
+        self._closed, self._closed_steps, self.event = self.runs, self.steps, event
+        return True
 
     def refuse_fork(self) -> None:
         """Refuse to go on in a forked process: it holds the same key and counter."""
@@ -53,3 +122,114 @@ class Books:
                 "[PrivacyEngine] engine must stay in the process that made it but was carried into a fork, where it "
                 "would repeat the parent's noise"
             )
+
+    def save(self, path: str | os.PathLike[str], dataset_size: int) -> None:
+        """Write what was spent to a JSON file; a crash leaves the old file or the new."""
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "dataset_size": dataset_size,
+            "accountant": self.accountant,
+            "delta": self.delta,
+            "target_epsilon": self.target_epsilon,
+            "planned_steps": self.planned_steps,
+            "steps": self.steps,
+            "runs": [{"steps": run.steps, "session": run.session, **run.event.to_json()} for run in self.runs],
+        }
+        temporary = Path(f"{os.fspath(path)}.{os.getpid()}.new")
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
+
+    def load(self, path: str | os.PathLike[str], dataset_size: int) -> None:
+        """Take over what was spent; where there is a ledger, it knows more, and must know no less."""
+        runs = _saved_runs(path, dataset_size)
+        if self.ledger is not None:
+            if not _begins_with(self.runs, runs):
+                raise PrivacyError(
+                    f"[load_state] ledger must hold the steps of {os.fspath(path)} but does not: lines are lost, or it "
+                    "is another run's"
+                )
+            return
+        if self.steps:
+            raise PrivacyError(f"[load_state] engine must have taken no step but has taken {self.steps}")
+        self._closed, self._closed_steps = runs, sum(r.steps for r in runs)
+        self.session = runs[-1].session + 1 if runs else 0
+        self.steps = self._closed_steps
+        self.event = self.plan.event_at(self.steps)
+
+    def _affordable(self, most: int) -> int:
+        target, delta = self.target_epsilon, self.delta
+        assert target is not None
+        assert delta is not None
+        spent = self.runs
+
+        def ahead(k: int) -> list[Run]:
+            if self.plan.scheduled:
+                return [*spent, *self.plan.runs(self.steps, k, self.session)]
+            return [*spent, Run(self.event, k, self.session)]
+
+        return _most_steps(target, delta, self.accountant, ahead, self.planned_steps or AHEAD, most)
+
+
+def steps_for(epsilon: float, delta: float, accountant: Accountant, runs: Callable[[int, int], list[Run]]) -> int:
+    """Most steps of ``runs(first, count)`` that stay within a target."""
+    check_epsilon("for_epsilon", epsilon)
+    check_delta("for_epsilon", delta)
+    return _most_steps(epsilon, delta, accountant, lambda k: runs(0, k), AHEAD, MOST_STEPS)
+
+
+def noise_for(epsilon: float, delta: float, accountant: Accountant, runs: Callable[[float], list[Run]]) -> float:
+    """Smallest scale at which ``runs(scale)`` stays within a target."""
+    check_delta("for_epsilon", delta)
+    return calibrate(epsilon, delta, accountant, lambda scale: releases_of(runs(scale)))
+
+
+def _most_steps(
+    target: float,
+    delta: float,
+    accountant: Accountant,
+    runs: Callable[[int], list[Run]],
+    guess: int,
+    most: int,
+) -> int:
+    if not most:
+        return 0
+    releases = functools.lru_cache(lambda k: releases_of(joined(runs(k))))
+    if accountant == "pld":  # RDP's answer is close, and quick
+        guess = most_steps(target, lambda k: integer_rdp_epsilon(releases(k), delta), guess, most)
+    return most_steps(target, lambda k: composed_epsilon(releases(k), delta, accountant), guess, most)
+
+
+def _saved_runs(path: str | os.PathLike[str], dataset_size: int) -> tuple[Run, ...]:
+    try:
+        content: dict[str, Any] = json.loads(Path(path).read_text())
+        if (content["format"], content["version"]) != (FORMAT, VERSION):
+            raise ValueError(f"it should name {FORMAT!r}, version {VERSION}")
+        runs = tuple(_saved_run(dict(r)) for r in content["runs"])
+        if sum(r.steps for r in runs) != content["steps"]:
+            raise ValueError("its runs do not add up to its steps")
+        size = content["dataset_size"]
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise PrivacyError(f"[load_state] {os.fspath(path)} must be a saved engine state but is not: {e}") from None
+    if size != dataset_size:
+        raise PrivacyError(f"[load_state] dataset_size must be {size}, as saved, but is {dataset_size}")
+    return runs
+
+
+def _saved_run(entry: dict[str, Any]) -> Run:
+    steps, session = entry.pop("steps"), entry.pop("session")
+    if not (isinstance(steps, int) and isinstance(session, int) and steps > 0):
+        raise ValueError(f"{steps!r} steps of session {session!r} are no run")
+    return Run(Event.from_json(entry), steps, session)
+
+
+def _begins_with(runs: tuple[Run, ...], start: tuple[Run, ...]) -> bool:
+    *whole, last = start or [None]
+    if last is None:
+        return True
+    return (
+        len(runs) >= len(start)
+        and list(runs[: len(whole)]) == whole
+        and runs[len(whole)]._replace(steps=last.steps) == last
+        and runs[len(whole)].steps >= last.steps
+    )

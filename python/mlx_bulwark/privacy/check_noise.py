@@ -13,10 +13,8 @@ import mlx.core as mx
 import numpy as np
 from scipy import stats
 
-from .books import Books
 from .clipping import QUANTILE
 from .optimizer import ClippedGradients
-from .state import new_state
 from .taps import PrivacyError
 
 if TYPE_CHECKING:
@@ -56,7 +54,8 @@ def check_noise(engine: "PrivacyEngine", leaves: dict[str, Any], steps: int) -> 
     tests = _Tests()
     squares, counts = dict.fromkeys(leaves, 0.0), dict.fromkeys(leaves, 0)
     kept: list[dict[str, Any]] = []
-    ranks = [_rehearsal(engine), _rehearsal(engine)]  # two engines, as two ranks would have: keys of their own
+    # two engines, as two ranks would have: keys of their own
+    ranks = [engine._without_books(), engine._without_books()]
     for rank, rehearsed in enumerate(ranks):
         before: dict[str, Any] = {}
         for step, noise in enumerate(_released(rehearsed, leaves, steps)):
@@ -76,16 +75,6 @@ def check_noise(engine: "PrivacyEngine", leaves: dict[str, Any], steps: int) -> 
     _refuse_repeats(kept, leaves, tests)
     tests.judge()
     return max((abs(math.sqrt(squares[p] / counts[p]) - 1) for p in leaves if counts[p]), default=0.0)
-
-
-def _rehearsal(engine: "PrivacyEngine") -> "PrivacyEngine":
-    """An engine with the same settings, under a key of its own, that spends nothing."""
-    rehearsed: PrivacyEngine = object.__new__(type(engine))
-    rehearsed.__dict__.update(engine.__dict__)
-    rehearsed.state = new_state(engine.event, engine._clipping)
-    rehearsed._books = Books(engine.event, engine.accountant, None)
-    rehearsed._accumulated = {}
-    return rehearsed
 
 
 def _released(engine: "PrivacyEngine", leaves: dict[str, Any], steps: int) -> Iterator[dict[str, Any]]:

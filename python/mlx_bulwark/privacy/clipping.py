@@ -56,7 +56,7 @@ class AdaptiveClipping:
         ...     1000, batch_size=100, noise_multiplier=1.0, max_grad_norm=0.1, clipping=clipping
         ... )
         >>> round(engine.sensitivity.add_or_remove_one, 5)
-        0.10050
+        0.1005
 
     Source:
         Andrew et al. 2021, Differentially Private Learning with Adaptive Clipping, algorithm 1 and theorem 1

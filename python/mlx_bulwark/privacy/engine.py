@@ -1,6 +1,6 @@
 """DP-SGD for any MLX training loop."""
 
-import math
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -9,17 +9,20 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 
 from ..ops.noise import bit_blocks_used, random_bits
-from .accounting import check_delta, find_noise_multiplier
+from .accounting import check_delta, check_epsilon, warn_of_delta
 from .batches import Augment, Batch, Batches, Source, UnitReduction
-from .books import Books
+from .books import Books, noise_for, steps_for
 from .check import CheckReport, check
-from .clipping import AdaptiveClipping, ClippingMode, Sensitivity, make_clipping
-from .events import Accountant, Event, Gaussian, Run
+from .clipping import AdaptiveClipping, ClippingMode, Sensitivity
+from .events import Accountant, Event, Run
 from .gradients import LossFunction
+from .ledger import Ledger
 from .memory import find_microbatch_size
 from .optimizer import ClippedGradients, PrivateOptimizer
-from .sampling import SamplingMode, make_sampler, make_sampling
-from .state import new_state
+from .plan import make_plan
+from .sampling import SamplingMode, make_sampler
+from .schedules import Schedule
+from .state import new_state, set_scale
 from .steps import LossAndGrad, compiled_step, private_value_and_grad, release
 from .validate import Fix, ValidationReport, fix, validate
 
@@ -40,9 +43,10 @@ class PrivacyEngine:
             a permutation an epoch in batches of fixed size, accounted without amplification, one Gaussian an epoch,
             for neighbours in which one example is replaced by zeros; ``"full"``: all examples in every step.
         cycle_length: number of groups of ``"cyclic_poisson"``.
-        noise_multiplier: standard deviation of the noise over ``max_grad_norm``.
-        max_grad_norm: clipping norm C of a per-sample gradient over all trainable parameters; or one for each layer or
-            group of parameters, whose squares add up to C squared.
+        noise_multiplier: standard deviation of the noise over ``max_grad_norm``; or a function from the number of steps
+            charged so far to it, such as `schedules` has.
+        max_grad_norm: clipping norm C of a per-sample gradient over all trainable parameters; or such a function; or
+            one for each layer or group of parameters, whose squares add up to C squared.
         clipping: ``"flat"``: min(1, C / norm); ``"automatic"``: C / (norm + 0.01) (AUTO-S); ``"per_layer"``: every
             layer by itself, to C over the root of their number or to ``max_grad_norm[layer]``; ``"per_group"``: every
             group by itself, to ``max_grad_norm[pattern]``, where a parameter belongs to the first pattern of
@@ -50,10 +54,14 @@ class PrivacyEngine:
             ``max_grad_norm``, follows a quantile of the norms, found privately.
         accountant: ``"pld"`` or ``"rdp"``.
         steps: planned number of steps; an update past it is refused.
-        delta: default delta of `epsilon`.
+        delta: default delta of `epsilon`; well below 1 / dataset_size.
+        target_epsilon: budget at ``delta``: an update that would pass it is refused, and nothing is spent by that.
+        ledger: file of JSON lines, made or continued, with one line for each step, on the disk before the step's
+            update exists. Steps in it count as spent. One engine at a time may use it.
 
     Raises:
         ValueError: an argument is out of range.
+        PrivacyError: the ledger is in use, or one of its lines was changed.
 
     Example:
         >>> import mlx_bulwark as bw
@@ -74,31 +82,51 @@ class PrivacyEngine:
         batch_size: float | None = None,
         sampling: SamplingMode = "poisson",
         cycle_length: int | None = None,
-        noise_multiplier: float,
-        max_grad_norm: float | Mapping[str, float],
+        noise_multiplier: float | Schedule,
+        max_grad_norm: float | Schedule | Mapping[str, float],
         clipping: ClippingMode | AdaptiveClipping = "flat",
         accountant: Accountant = "pld",
         steps: int | None = None,
         delta: float | None = None,
+        target_epsilon: float | None = None,
+        ledger: str | os.PathLike[str] | None = None,
     ) -> None:
-        scheme, self.sample_rate = make_sampling(sampling, dataset_size, sample_rate, batch_size, cycle_length)
-        if not 0 <= noise_multiplier < math.inf:
-            raise ValueError(
-                f"[PrivacyEngine] noise_multiplier must be at least 0 and finite but is {noise_multiplier}"
-            )
+        plan = make_plan(
+            dataset_size,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            sample_rate=sample_rate,
+            batch_size=batch_size,
+            sampling=sampling,
+            cycle_length=cycle_length,
+            clipping=clipping,
+        )
         if accountant not in ("pld", "rdp"):
             raise ValueError(f"[PrivacyEngine] accountant must be 'pld' or 'rdp' but is {accountant!r}")
-        self.dataset_size = dataset_size
+        if delta is not None:
+            check_delta("PrivacyEngine", delta)
+            warn_of_delta(delta, dataset_size)
+        if target_epsilon is not None:
+            check_epsilon("PrivacyEngine", target_epsilon)
+            if delta is None:
+                raise ValueError("[PrivacyEngine] delta must be given with target_epsilon but is None")
+        self.dataset_size, self.sample_rate, self.clipping = dataset_size, plan.sample_rate, clipping
         self.expected_batch_size = self.sample_rate * dataset_size
-        self._clipping, norm = make_clipping(clipping, max_grad_norm, noise_multiplier, self.expected_batch_size)
-        self.clipping = clipping
-        event = Event(scheme, Gaussian(float(noise_multiplier), norm))
-        self.delta = delta
-        self.state = new_state(event, self._clipping)
-        self._books = Books(event, accountant, steps)
-        self._sampler = make_sampler(scheme, dataset_size)
+        self._clipping = plan.clipping
+        self._books = Books(
+            plan,
+            accountant,
+            planned_steps=steps,
+            delta=delta,
+            target_epsilon=target_epsilon,
+            ledger=None if ledger is None else Ledger(ledger),
+        )
+        self.state = new_state(self.event, self._clipping, self._books.steps)
+        self._sampler = make_sampler(plan.sampling, dataset_size)
         self._unit = "example"
         self._sampling_counter = 0
+        self._tracing = False  # a compiled step of the engine's own is being traced
+        self._counts_in_graph = False  # a compiled step of the user's own counts steps in the state
         self._accumulated: dict[str, mx.array] = {}
 
     @classmethod
@@ -108,32 +136,27 @@ class PrivacyEngine:
         delta: float,
         dataset_size: int,
         *,
-        steps: int,
-        sample_rate: float | None = None,
-        batch_size: float | None = None,
-        sampling: SamplingMode = "poisson",
-        cycle_length: int | None = None,
-        max_grad_norm: float | Mapping[str, float],
-        clipping: ClippingMode | AdaptiveClipping = "flat",
-        accountant: Accountant = "pld",
+        steps: int | None = None,
+        epochs: float | None = None,
+        noise_schedule: Schedule | None = None,
+        **settings: Any,
     ) -> "PrivacyEngine":
-        """Engine with the least noise whose planned steps stay within a target epsilon.
+        """Engine with the least noise, or the most steps, that stays within a target epsilon.
+
+        Give the length of the run, and the noise is found; or give ``noise_multiplier`` among the settings, and the
+        number of steps is found.
 
         Args:
             epsilon: target, above 0.
             delta: probability of the (epsilon, delta) guarantee; well below 1 / dataset_size.
             dataset_size: number of examples.
             steps: number of optimizer steps; an update past them is refused.
-            sample_rate: probability with which an example enters a batch. Give this or ``batch_size``.
-            batch_size: expected batch size.
-            sampling: as of the engine.
-            cycle_length: as of the engine.
-            max_grad_norm: clipping norm.
-            clipping: as of the engine.
-            accountant: ``"pld"`` or ``"rdp"``.
+            epochs: instead of ``steps``: passes over the data, each 1 / sample_rate steps.
+            noise_schedule: shape of the noise: what is found is the factor that this is multiplied with.
+            settings: the other arguments of `PrivacyEngine`.
 
         Returns:
-            The engine; its ``noise_multiplier`` holds what was found.
+            The engine; its ``noise_multiplier`` and ``planned_steps`` hold what was found.
 
         Raises:
             ValueError: an argument is out of range.
@@ -143,23 +166,31 @@ class PrivacyEngine:
             >>> engine = bw.PrivacyEngine.for_epsilon(3, 1e-5, 10_000, steps=1000, sample_rate=0.01, max_grad_norm=1)
             >>> round(engine.noise_multiplier, 3)
             0.814
+            >>> settings = dict(batch_size=100, noise_multiplier=1.0, max_grad_norm=1)
+            >>> bw.PrivacyEngine.for_epsilon(2, 1e-5, 10_000, **settings).planned_steps
+            1202
 
         Source:
-            `find_noise_multiplier`.
+            `find_noise_multiplier` and `find_steps`.
         """
-        scheme, rate = make_sampling(sampling, dataset_size, sample_rate, batch_size, cycle_length)
-        part, times = scheme.parts(0, steps)
+        accountant = settings.get("accountant", "pld")
+        outside = {"accountant", "target_epsilon", "ledger"}
+        kinds: dict[str, Any] = {k: v for k, v in settings.items() if k not in outside}
+        if sum(v is not None for v in (steps, epochs, settings.get("noise_multiplier"))) != 1:
+            raise ValueError("[for_epsilon] one of steps, epochs and noise_multiplier must be given")
+        if "noise_multiplier" in settings:
+            plan = make_plan(dataset_size, **kinds)
+            steps = steps_for(epsilon, delta, accountant, plan.runs)
+            return cls(dataset_size, steps=steps, delta=delta, **settings)
+        plan = make_plan(dataset_size, noise_multiplier=noise_schedule or 1.0, **kinds)
+        if epochs is not None:
+            steps = round(epochs / plan.sample_rate)
+        if not steps or steps < 0:
+            raise ValueError(f"[for_epsilon] steps must be positive but are {steps}")
+        length = steps
+        scale = noise_for(epsilon, delta, accountant, lambda s: plan.scaled(s).runs(0, length))
         return cls(
-            dataset_size,
-            sample_rate=rate,
-            sampling=sampling,
-            cycle_length=cycle_length,
-            noise_multiplier=find_noise_multiplier(epsilon, delta, part, times, accountant),
-            max_grad_norm=max_grad_norm,
-            clipping=clipping,
-            accountant=accountant,
-            steps=steps,
-            delta=delta,
+            dataset_size, noise_multiplier=plan.scaled(scale).noise_multiplier, steps=steps, delta=delta, **settings
         )
 
     def value_and_grad(self, model: nn.Module, loss_fn: LossFunction) -> LossAndGrad:
@@ -245,7 +276,7 @@ class PrivacyEngine:
 
         Args:
             data: an array or a tuple of arrays (numpy or mlx) with a row for each example.
-            steps: number of logical batches; default: the planned steps that remain.
+            steps: number of logical batches; default: as many as plan and target still allow.
             microbatch_size: rows of a physical batch, copies counted; default: expected size plus three standard
                 deviations.
             max_memory: in place of ``microbatch_size``, the bytes that MLX's peak memory may reach in a step; the
@@ -278,8 +309,8 @@ class PrivacyEngine:
             Poisson subsampling: Mironov et al. 2019 (arXiv:1908.10530); augmentation multiplicity: De et al. 2022
             (arXiv:2204.13650).
         """
-        if steps is None and self.planned_steps is not None:
-            steps = self.planned_steps - self.steps
+        if steps is None:
+            steps = self._up_to_date_books().remaining()
         if steps is None or steps < 0:
             raise ValueError(f"[batches] steps must be a number of logical batches but is {steps}")
         source = Source(
@@ -340,7 +371,7 @@ class PrivacyEngine:
     @property
     def runs(self) -> tuple[Run, ...]:
         """The composition spent so far: runs of steps, each under one event."""
-        return self._books.runs(self.steps)
+        return self._up_to_date_books().runs
 
     @property
     def accountant(self) -> Accountant:
@@ -351,6 +382,11 @@ class PrivacyEngine:
     def planned_steps(self) -> int | None:
         """Number of steps past which an update is refused."""
         return self._books.planned_steps
+
+    @property
+    def delta(self) -> float | None:
+        """Default delta of `epsilon`."""
+        return self._books.delta
 
     @property
     def noise_multiplier(self) -> float:
@@ -379,8 +415,8 @@ class PrivacyEngine:
 
     @property
     def steps(self) -> int:
-        """Number of optimizer steps charged so far."""
-        return int(self.state["steps"].item())
+        """Number of optimizer steps charged so far, those of a loaded state or a continued ledger included."""
+        return self._up_to_date_books().steps
 
     def epsilon(self, delta: float | None = None) -> float:
         """Epsilon spent so far, under add-or-remove-one-example adjacency.
@@ -407,7 +443,63 @@ class PrivacyEngine:
         if delta is None:
             raise ValueError("[epsilon] delta must be given, here or to the engine")
         check_delta("epsilon", delta)
-        return self._books.epsilon(self.steps, delta)
+        if delta != self.delta:
+            warn_of_delta(delta, self.dataset_size)
+        return self._up_to_date_books().epsilon(delta)
+
+    def save_state(self, path: str | os.PathLike[str]) -> None:
+        """Write what was spent to a JSON file. Keys are never saved.
+
+        Args:
+            path: the file, replaced as a whole.
+
+        Raises:
+            OSError: it cannot be written.
+
+        Example:
+            >>> import os, tempfile, mlx_bulwark as bw
+            >>> path = os.path.join(tempfile.mkdtemp(), "engine.json")
+            >>> bw.PrivacyEngine(100, batch_size=10, noise_multiplier=1.0, max_grad_norm=1.0).save_state(path)
+        """
+        self._up_to_date_books().save(path, self.dataset_size)
+
+    def load_state(self, path: str | os.PathLike[str]) -> None:
+        """Continue the budget of a saved state, under this engine's own fresh noise key.
+
+        Settings are this engine's: it may go on with other noise or sampling, and the composition stays exact. Where
+        there is a ledger, that counts, also when the state is of an older checkpoint: what was spent stays spent.
+
+        Args:
+            path: what `save_state` wrote.
+
+        Raises:
+            PrivacyError: the file is no saved state, it is of a data set of another size, this engine has taken steps,
+                or its ledger lacks steps of the state.
+            OSError: the file cannot be read.
+
+        Example:
+            >>> import os, tempfile, mlx_bulwark as bw
+            >>> path = os.path.join(tempfile.mkdtemp(), "engine.json")
+            >>> settings = dict(batch_size=10, noise_multiplier=1.0, max_grad_norm=1.0)
+            >>> bw.PrivacyEngine(100, **settings).save_state(path)
+            >>> engine = bw.PrivacyEngine(100, **settings)
+            >>> engine.load_state(path)
+            >>> engine.steps
+            0
+        """
+        self._up_to_date_books().load(path, self.dataset_size)
+        self.state["steps"] = mx.array(self._books.steps, mx.uint32)
+        set_scale(self.state, self.event, self._clipping)
+
+    def close(self) -> None:
+        """Let go of the ledger, so that another engine can continue it. Updates are refused from then on.
+
+        Example:
+            >>> import mlx_bulwark as bw
+            >>> bw.PrivacyEngine(100, batch_size=10, noise_multiplier=1.0, max_grad_norm=1.0).close()
+        """
+        if self._books.ledger is not None:
+            self._books.ledger.close()
 
     def check(
         self, model: nn.Module, batch: Any, loss_fn: LossFunction, *, rtol: float = 1e-4, noise_steps: int = 8
@@ -495,6 +587,15 @@ class PrivacyEngine:
         """
         return fix(model)
 
+    def _up_to_date_books(self) -> Books:
+        if self._counts_in_graph:
+            self._books.steps = int(self.state["steps"].item())
+        return self._books
+
+    def _advance(self) -> None:
+        if self._books.advance():
+            set_scale(self.state, self.event, self._clipping)
+
     def _release(self, gradients: ClippedGradients) -> dict[str, mx.array] | None:
         return release(self, gradients)
 
@@ -508,8 +609,9 @@ class PrivacyEngine:
         """Engine of the same settings that charges nothing: for measurements, whose updates are thrown away."""
         trial = object.__new__(PrivacyEngine)
         vars(trial).update(vars(self))
-        trial.state, trial._accumulated = new_state(self.event, self._clipping), {}
-        trial._books = Books(self.event, self.accountant, None)
+        trial._books, trial._accumulated = self._books.rehearsal(), {}
+        trial._counts_in_graph = False
+        trial.state = new_state(trial.event, self._clipping, 0)
         return trial
 
     def __reduce__(self) -> NoReturn:

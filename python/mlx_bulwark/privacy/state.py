@@ -23,10 +23,10 @@ class EngineState(dict[str, Any]):
         return f"<engine state: {', '.join(self)} (secret)>"
 
 
-def new_state(event: Event, clipping: Clipping) -> EngineState:
-    """State of a run that begins, under a fresh key."""
+def new_state(event: Event, clipping: Clipping, steps: int) -> EngineState:
+    """State of a run that begins or goes on after a number of steps, under a fresh key."""
     state = EngineState(
-        noise=EngineState(key=random_key(), counter=mx.zeros((2,), mx.uint32)), steps=mx.array(0, mx.uint32)
+        noise=EngineState(key=random_key(), counter=mx.zeros((2,), mx.uint32)), steps=mx.array(steps, mx.uint32)
     )
     set_scale(state, event, clipping)
     return state
@@ -46,7 +46,7 @@ def set_scale(state: EngineState, event: Event, clipping: Clipping) -> None:
 
 def _float32(value: float, towards: float) -> float:
     rounded = np.float32(value)
-    wrong = rounded < value if towards > 0 else rounded > value
+    wrong = float(rounded) < value if towards > 0 else float(rounded) > value
     return float(np.nextafter(rounded, np.float32(towards)) if wrong else rounded)
 
 

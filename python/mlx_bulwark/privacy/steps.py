@@ -117,6 +117,8 @@ def release(engine: "PrivacyEngine", gradients: ClippedGradients) -> dict[str, m
     noisy = _noised(engine, sums, counter)
     if engine._clipping.quantile:
         engine._clipping.quantile.move(engine.state, noisy.pop(QUANTILE))
+    if not traced:
+        engine._advance()
     return {path: g / engine.expected_batch_size for path, g in noisy.items()}
 
 
@@ -139,10 +141,19 @@ def _charge(engine: "PrivacyEngine", blocks: int, traced: bool) -> mx.array:
             "[update] engine.state must be among the inputs and outputs of mx.compile but is not: every step would "
             "get the same noise; see engine.compiled_step"
         )
-    if traced:
-        engine._books.refuse_fork()
-    else:
-        engine._books.admit(engine.steps)
+    if not traced:
+        books = engine._up_to_date_books()
+        books.admit()
+        books.charge()
+    elif not engine._tracing:
+        books = engine._books
+        books.refuse_fork()
+        if books.needs_python:
+            raise PrivacyError(
+                "[update] update must be outside mx.compile where there is a schedule, a ledger or a target epsilon "
+                "but is inside; engine.compiled_step does both"
+            )
+        engine._counts_in_graph = True
     noise["counter"] = advance_counter(counter, blocks)
     engine.state["steps"] = engine.state["steps"] + 1
     if not traced:  # the books are closed before the update exists
@@ -186,7 +197,11 @@ def compiled_step(
     def end(rows: Rows, reduction: UnitReduction, accumulated: dict[str, mx.array]) -> mx.array:
         losses, gradients = gradients_of(rows, reduction)
         gradients._sums = add(gradients._sums, accumulated)
-        optimizer.update(model, gradients)
+        engine._tracing = True
+        try:
+            optimizer.update(model, gradients)
+        finally:
+            engine._tracing = False
         return losses
 
     # Of the engine's state a piece needs the clipping norm: with the key and the counter it has nothing to do.
@@ -194,13 +209,16 @@ def compiled_step(
     compiled_end = mx.compile(end, inputs=state, outputs=state)
 
     def run(batch: Batch) -> mx.array:
-        engine._books.admit(engine.steps)
+        books = engine._up_to_date_books()
+        books.admit()
         _refuse_out_of_order(engine, batch.step)
         losses: mx.array
         rows: Rows = (list(batch.data), batch.mask, batch.units)
         if batch.last:
+            books.charge()
             losses = compiled_end(rows, batch.unit_reduction, engine._accumulated)
             engine._accumulated = {}
+            engine._advance()
         else:
             losses, sums = compiled_piece(rows, batch.unit_reduction)
             _accumulate(engine, sums)
