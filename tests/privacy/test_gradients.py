@@ -134,13 +134,14 @@ REFUSED = {
     "decay in the loss": (
         nn.Linear(6, 6),
         lambda m, x: rows(m, x) + sum(p.square().sum() for p in m.parameters().values()),
-        "outside",
+        "weight decay",
     ),
     "tied by hand": (
         Uses(lambda f, x: f(x[:, 0].astype(mx.int32)) @ f.weight.T, nn.Embedding(6, 6)),
         rows,
         "layer.weight",
     ),
+    "checkpoint": (Uses(lambda f, x: nn.utils.checkpoint(f)(x)), rows, "layer.weight.*checkpoint"),
     "folded batch": (Uses(lambda f, x: f(x.reshape(-1, 3)).reshape(4, -1), nn.Linear(3, 6)), rows, "layer.*batch"),
     "transposed batch": (Uses(lambda f, x: f(x.T), nn.Linear(4, 6)), rows, "batch"),
     "batch norm": (Sequence(nn.BatchNorm(6), nn.Linear(6, 6)), rows, "layers.0.*GroupNorm"),

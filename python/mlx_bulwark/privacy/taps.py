@@ -45,7 +45,15 @@ class Hidden(dict[str, Any]):
 
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refused
     __matmul__ = __rmatmul__ = __neg__ = __pow__ = __abs__ = __getitem__ = __iter__ = __len__ = __bool__ = _refused
-    items = keys = values = _refused
+
+    def _read(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise PrivacyError(
+            f"[value_and_grad] parameter {self._path} must be used only inside the __call__ of the layer that owns it "
+            "but was read with the model's parameters (weight decay in the loss? nn.utils.checkpoint?): decay belongs "
+            "to the optimizer, and private gradients need what the layers saw, which a checkpoint would drop"
+        )
+
+    items = keys = values = _read
 
 
 @dataclass
