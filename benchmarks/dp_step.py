@@ -11,72 +11,37 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import mlx_bulwark as bw
-import numpy as np
-from mlx_bulwark.demo import CNN
 
-BATCH = 256
+from benchmarks.dp_models import MAKE, Case, first_rows, sound
 
-
-class MLP(nn.Module):
-    """784-1024-1024-10."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = [nn.Linear(784, 1024), nn.Linear(1024, 1024), nn.Linear(1024, 10)]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        for layer in self.layers[:-1]:
-            x = nn.relu(layer(x))
-        return self.layers[-1](x)
+SLOW = {"lora": 3}  # rounds: MLX multiplies 4-bit weights on a CPU at a few GFLOP/s, some 20 s a step
 
 
-def loss_fn(model: nn.Module, x: mx.array, y: mx.array) -> mx.array:
-    return nn.losses.cross_entropy(model(x), y, reduction="none")
-
-
-def mlp() -> tuple[nn.Module, mx.array, mx.array]:
-    mx.random.seed(0)
-    rng = np.random.default_rng(0)
-    model = MLP()
-    x = mx.array(rng.standard_normal((BATCH, 784)).astype(np.float32))
-    y = mx.array(rng.integers(0, 10, BATCH))
-    mx.eval(model.parameters(), x, y)
-    return model, x, y
-
-
-def demo_cnn() -> tuple[nn.Module, mx.array, mx.array]:
-    mx.random.seed(0)
-    rng = np.random.default_rng(0)
-    model = CNN(8)
-    x = mx.array(rng.standard_normal((BATCH, 8, 8, 1)).astype(np.float32))
-    y = mx.array(rng.integers(0, 10, BATCH))
-    mx.eval(model.parameters(), x, y)
-    return model, x, y
-
-
-def plain_step(make: Callable[[], Any], compiled: bool) -> Callable[[], Any]:
-    model, x, y = make()
+def plain_step(case: Case, compiled: bool) -> Callable[[], Any]:
+    model, loss_fn, batch = case
     optimizer = optim.SGD(0.01)
     optimizer.init(model.trainable_parameters())
-    value_and_grad = nn.value_and_grad(model, lambda model, x, y: loss_fn(model, x, y).mean())
+    value_and_grad = nn.value_and_grad(model, lambda model, *batch: loss_fn(model, *batch).mean())
 
-    def step(x: mx.array, y: mx.array) -> mx.array:
-        loss, grads = value_and_grad(model, x, y)
+    def step(*batch: mx.array) -> mx.array:
+        loss, grads = value_and_grad(model, *batch)
         optimizer.update(model, grads)
         return loss
 
     state = [model.state, optimizer.state]
     if compiled:
         step = mx.compile(step, inputs=state, outputs=state)
-    return lambda: (step(x, y), state)
+    return lambda: (step(*batch), state)
 
 
-def private_step(make: Callable[[], Any], compiled: bool) -> Callable[[], Any]:
-    model, x, y = make()
-    engine = bw.PrivacyEngine(100 * BATCH, batch_size=BATCH, noise_multiplier=1.0, max_grad_norm=1.0)
+def private_step(case: Case, compiled: bool) -> Callable[[], Any]:
+    model, loss_fn, data = case
+    engine = bw.PrivacyEngine(
+        100 * case.batch_size, batch_size=case.batch_size, noise_multiplier=1.0, max_grad_norm=1.0
+    )
     optimizer = engine.wrap(optim.SGD(0.01))
     optimizer.init(model.trainable_parameters())
-    batch = bw.Batch((x, y), mx.ones((BATCH,), mx.bool_), True)
+    batch = bw.Batch(data, mx.ones((case.batch_size,), mx.bool_), True)
     state = [model.state, optimizer.state, engine.state]
     if compiled:
         step = engine.compiled_step(model, optimizer, loss_fn)
@@ -93,41 +58,35 @@ def private_step(make: Callable[[], Any], compiled: bool) -> Callable[[], Any]:
 
 def run(bench: Any) -> None:
     for name, make in MAKE.items():
-        _case(bench, name, make)
+        if name != "lora" or bench.peer("mlx_lm"):
+            _case(bench, name, lambda make=make: first_rows(make(), 1) if bench.quick else make())
 
 
-def _case(bench: Any, name: str, make: Callable[[], Any]) -> None:
-    bench.check(name, lambda: _sound(make))
-    times = bench.compare(
-        {
-            "plain": plain_step(make, False),
-            "private": private_step(make, False),
-            "plain compiled": plain_step(make, True),
-            "private compiled": private_step(make, True),
-        }
-    )
+def _case(bench: Any, name: str, make: Callable[[], Case]) -> None:
+    bench.check(name, lambda: sound(make()))
+    contestants = {"plain": plain_step(make(), False), "private": private_step(make(), False)}
+    if name not in SLOW:
+        contestants |= {"plain compiled": plain_step(make(), True), "private compiled": private_step(make(), True)}
+    times = bench.compare(contestants, rounds=SLOW.get(name))
     peer = "mlx, same step without privacy"
     bench.row(f"{name}/private_over_nonprivate", times.ratio("private", "plain"), "x", peer=peer, better="lower")
-    compiled = times.ratio("private compiled", "plain compiled")
-    bench.row(f"{name}/private_over_nonprivate_compiled", compiled, "x", peer=peer, better="lower")
+    if name not in SLOW:
+        compiled = times.ratio("private compiled", "plain compiled")
+        bench.row(f"{name}/private_over_nonprivate_compiled", compiled, "x", peer=peer, better="lower")
     bench.row(f"{name}/private_step", times["private"].median * 1e3, "ms", better="lower")
     bench.row(f"{name}/nonprivate_step", times["plain"].median * 1e3, "ms", better="lower")
-    private, plain = (bench.peak_memory(f, name) for f in (private_child, plain_child))
+    steps = 1 if name in SLOW else 3
+    private, plain = (bench.peak_memory(f, name, bench.quick, steps=steps) for f in (private_child, plain_child))
     bench.row(f"{name}/peak_memory_ratio", private / plain, "x", peer=peer, better="lower")
 
 
-MAKE = {"mlp": mlp, "demo_cnn": demo_cnn}
+def private_child(name: str, quick: bool) -> Callable[[], Any]:
+    return private_step(_child_case(name, quick), False)
 
 
-def private_child(name: str) -> Callable[[], Any]:
-    return private_step(MAKE[name], False)
+def plain_child(name: str, quick: bool) -> Callable[[], Any]:
+    return plain_step(_child_case(name, quick), False)
 
 
-def plain_child(name: str) -> Callable[[], Any]:
-    return plain_step(MAKE[name], False)
-
-
-def _sound(make: Callable[[], Any]) -> None:
-    model, x, y = make()
-    engine = bw.PrivacyEngine(100, batch_size=10, noise_multiplier=1.0, max_grad_norm=1.0)
-    engine.check(model, (x[:8], y[:8]), loss_fn)
+def _child_case(name: str, quick: bool) -> Case:
+    return first_rows(MAKE[name](), 1) if quick else MAKE[name]()
