@@ -13,10 +13,11 @@
 
 namespace bulwark {
 // Work is cut into tasks by sizes alone, and tasks are combined in their order: results do not depend on threads.
-static constexpr size_t GRAM_ROWS = 64, GRAM_COLUMNS = 256;
+static constexpr size_t GRAM_ROWS = 128, GRAM_COLUMNS = 256;
 static constexpr size_t DEPTH = 512;                               // rows that a product takes at once
 static constexpr size_t TILE_COLUMNS = 512, TILE_VALUES = 65536;   // of D^T U: it stays in a core's cache
-static constexpr size_t LEAST_SUM_TILE = 64, MOST_SUM_TILE = 512;  // sides of a task of the clipped sum
+static constexpr size_t LEAST_SUM_ROWS = 64, MOST_SUM_ROWS = 256;  // of a task of the clipped sum
+static constexpr size_t SUM_COLUMNS = 2048;
 static constexpr size_t EMBEDDING_COLUMNS = 1024;
 static constexpr double PACKING = 12;  // multiplications in whose time one value is gathered
 
@@ -281,20 +282,31 @@ static double direct(const Work& w, const Unit& u, size_t group, const Tile& t, 
   return dot(c, c, 0, p * d) + (bias ? dot(bias, bias, 0, p) : 0);
 }
 
+// Both Gram matrices of the rows [from, to): the diagonal, and twice what is below it.
+static double gram_triangle(const Work& w, const Panel& u, const Panel& d, size_t n, Scratch& s) {
+  float *a = room(s.s, n * n), *b = room(s.t, n * n);
+  ssyrk(n, w.d, u.data, u.ld, a, n);
+  ssyrk(n, w.p, d.data, d.ld, b, n);
+  double sum = 0, diagonal = 0;
+  for (size_t i = 0; i < n; i++) {
+    sum += dot(a + i * n, b + i * n, w.bias, i);
+    diagonal += (double(a[i * n + i]) + w.bias) * b[i * n + i];
+  }
+  return 2 * sum + diagonal;
+}
+
 // The rows [from, to) of both Gram matrices, up to the diagonal: what is left of it counts twice.
 static double gram(const Work& w, const Unit& u, size_t group, size_t from, size_t to, Scratch& s) {
   Panel ui = rows_of_u(w, u, group, from, to, s.u), di = rows_of_d(w, u, group, from, to, 0, w.p, nullptr, s.d);
-  double sum = 0;
   size_t m = to - from;
-  for (size_t j = 0, end; j < to; j = end) {
-    end = j == from ? to : std::min(from, j + GRAM_COLUMNS);
-    size_t n = end - j;
-    Panel uj = j == from ? ui : rows_of_u(w, u, group, j, end, s.v);
-    Panel dj = j == from ? di : rows_of_d(w, u, group, j, end, 0, w.p, nullptr, s.e);
+  double sum = gram_triangle(w, ui, di, m, s);
+  for (size_t j = 0; j < from; j += GRAM_COLUMNS) {
+    size_t end = std::min(from, j + GRAM_COLUMNS), n = end - j;
+    Panel uj = rows_of_u(w, u, group, j, end, s.v), dj = rows_of_d(w, u, group, j, end, 0, w.p, nullptr, s.e);
     float *a = room(s.s, m * n), *b = room(s.t, m * n);
     sgemm(false, true, m, n, w.d, ui.data, ui.ld, uj.data, uj.ld, 0, a, n);
     sgemm(false, true, m, n, w.p, di.data, di.ld, dj.data, dj.ld, 0, b, n);
-    sum += (j == from ? 1 : 2) * dot(a, b, w.bias, m * n);
+    sum += 2 * dot(a, b, w.bias, m * n);
   }
   return sum;
 }
@@ -363,12 +375,12 @@ static void grads(const Work& w, float* out, float* bias) {
   });
 }
 
-// Side of the tiles of the clipped sum: enough of them for many cores, none so small that products get slow.
-static size_t sum_tile(size_t n) { return std::clamp(ceil_div(n, 4), LEAST_SUM_TILE, MOST_SUM_TILE); }
+// Rows of D^T U in a task of the clipped sum: some tasks for many cores, none so small that its product gets slow.
+static size_t sum_rows(size_t p) { return std::clamp(ceil_div(p, 2), LEAST_SUM_ROWS, MOST_SUM_ROWS); }
 
 static void clipped_sum(const Work& w, const float* factors, float* out, float* bias) {
   Unit u = w.one_unit(factors);
-  Tiles tiles(w.p, w.d, sum_tile(w.p), w.window ? std::max<size_t>(1, w.d) : sum_tile(w.d));
+  Tiles tiles(w.p, w.d, sum_rows(w.p), w.window ? std::max<size_t>(1, w.d) : SUM_COLUMNS);
   size_t parts = tiles.count();
   parallel_for(w.groups * parts, [&](size_t i) {
     size_t group = i / parts;
