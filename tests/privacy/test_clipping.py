@@ -282,6 +282,20 @@ def test_a_dead_model_does_not_bring_the_norm_to_zero(backend):
     assert np.isfinite(seen).all()
 
 
+def test_a_resumed_run_keeps_the_norm_that_was_found(tmp_path):
+    e = engine("adaptive", 0.1)
+    found = run_adaptive(e, np.linspace(1, 4, 64), 5)[-1]
+    assert found > 0.12
+    e.save_state(tmp_path / "engine.json")
+    resumed = engine("adaptive", 0.1)
+    resumed.load_state(tmp_path / "engine.json")
+    assert resumed.max_grad_norm == found
+    assert resumed.state["noise_std"].item() == e.state["noise_std"].item()
+    flat = engine("flat", 0.1)
+    flat.load_state(tmp_path / "engine.json")
+    assert flat.max_grad_norm == 0.1
+
+
 @pytest.mark.parametrize(
     ("clipping", "norm", "says"),
     [

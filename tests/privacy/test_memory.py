@@ -81,6 +81,11 @@ def test_trial_steps_leave_no_trace():
     assert "layers" not in optimizer.state
 
 
+def test_a_shuffled_engine_can_be_measured():
+    e, model, optimizer, x = make(sampling="shuffle")
+    assert e.batches(x, steps=1, max_memory=2**33, training=(model, optimizer, loss_fn)).microbatch_size == 300
+
+
 def test_a_large_budget_gives_the_usual_size():
     e, model, optimizer, x = make()
     batches = e.batches(x, steps=1, max_memory=2**33, training=(model, optimizer, loss_fn))

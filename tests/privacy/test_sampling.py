@@ -298,3 +298,20 @@ def test_a_broken_off_loop_goes_on_where_it_stopped():
             seen += np.array(b.data[0])[np.array(b.mask), 0].tolist()
             list(train(e, [b], model, False))
     assert sorted(seen) == x[:, 0].tolist()
+
+
+def test_a_resumed_run_is_accounted_with_its_new_order(tmp_path):
+    # seven steps of an epoch of ten, then eight of another order: an example may be in one of the first, in one of the
+    # three that end the epoch, and in one of the five after it
+    x, model = np.zeros((100, 1), np.float32), nn.Linear(1, 1)
+    e = engine(100, 10, sampling="shuffle")
+    list(train(e, e.batches(x, steps=7), model, False))
+    e.save_state(tmp_path / "engine.json")
+    resumed = engine(100, 10, sampling="shuffle")
+    resumed.load_state(tmp_path / "engine.json")
+    list(train(resumed, resumed.batches(x, steps=8), model, False))
+    assert resumed.steps == 15
+    assert resumed.epsilon(1e-5) == bw.compute_epsilon(1.0, 1.0, 3, 1e-5)
+    whole = engine(100, 10, sampling="shuffle")
+    list(train(whole, whole.batches(x, steps=15), model, False))
+    assert whole.epsilon(1e-5) == bw.compute_epsilon(1.0, 1.0, 2, 1e-5)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -123,8 +124,8 @@ class Books:
                 "would repeat the parent's noise"
             )
 
-    def save(self, path: str | os.PathLike[str], dataset_size: int) -> None:
-        """Write what was spent to a JSON file; a crash leaves the old file or the new."""
+    def save(self, path: str | os.PathLike[str], dataset_size: int, found_norm: float | None) -> None:
+        """Write what was spent, and a clipping norm found privately, to a JSON file; a crash leaves the old or the new."""
         content = {
             "format": FORMAT,
             "version": VERSION,
@@ -134,28 +135,33 @@ class Books:
             "target_epsilon": self.target_epsilon,
             "planned_steps": self.planned_steps,
             "steps": self.steps,
+            "found_norm": found_norm,
             "runs": [{"steps": run.steps, "session": run.session, **run.event.to_json()} for run in self.runs],
         }
         temporary = Path(f"{os.fspath(path)}.{os.getpid()}.new")
         temporary.write_text(json.dumps(content, indent=1) + "\n")
         temporary.replace(path)
 
-    def load(self, path: str | os.PathLike[str], dataset_size: int) -> None:
-        """Take over what was spent; where there is a ledger, it knows more, and must know no less."""
-        runs = _saved_runs(path, dataset_size)
+    def load(self, path: str | os.PathLike[str], dataset_size: int) -> float | None:
+        """Take over what was spent; where there is a ledger, it knows more, and must know no less.
+
+        Returns the clipping norm that had been found.
+        """
+        runs, found_norm = _saved_runs(path, dataset_size)
         if self.ledger is not None:
             if not _begins_with(self.runs, runs):
                 raise PrivacyError(
                     f"[load_state] ledger must hold the steps of {os.fspath(path)} but does not: lines are lost, or it "
                     "is another run's"
                 )
-            return
+            return found_norm
         if self.steps:
             raise PrivacyError(f"[load_state] engine must have taken no step but has taken {self.steps}")
         self._closed, self._closed_steps = runs, sum(r.steps for r in runs)
         self.session = runs[-1].session + 1 if runs else 0
         self.steps = self._closed_steps
         self.event = self.plan.event_at(self.steps)
+        return found_norm
 
     def _affordable(self, most: int) -> int:
         target, delta = self.target_epsilon, self.delta
@@ -200,7 +206,7 @@ def _most_steps(
     return most_steps(target, lambda k: composed_epsilon(releases(k), delta, accountant), guess, most)
 
 
-def _saved_runs(path: str | os.PathLike[str], dataset_size: int) -> tuple[Run, ...]:
+def _saved_runs(path: str | os.PathLike[str], dataset_size: int) -> tuple[tuple[Run, ...], float | None]:
     try:
         content: dict[str, Any] = json.loads(Path(path).read_text())
         if (content["format"], content["version"]) != (FORMAT, VERSION):
@@ -208,12 +214,14 @@ def _saved_runs(path: str | os.PathLike[str], dataset_size: int) -> tuple[Run, .
         runs = tuple(_saved_run(dict(r)) for r in content["runs"])
         if sum(r.steps for r in runs) != content["steps"]:
             raise ValueError("its runs do not add up to its steps")
-        size = content["dataset_size"]
+        size, norm = content["dataset_size"], content["found_norm"]
+        if norm is not None and not (isinstance(norm, float) and 0 < norm < math.inf):
+            raise ValueError(f"{norm!r} is no clipping norm")
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise PrivacyError(f"[load_state] {os.fspath(path)} must be a saved engine state but is not: {e}") from None
     if size != dataset_size:
         raise PrivacyError(f"[load_state] dataset_size must be {size}, as saved, but is {dataset_size}")
-    return runs
+    return runs, norm
 
 
 def _saved_run(entry: dict[str, Any]) -> Run:

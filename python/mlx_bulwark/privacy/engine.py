@@ -448,7 +448,7 @@ class PrivacyEngine:
         return self._up_to_date_books().epsilon(delta)
 
     def save_state(self, path: str | os.PathLike[str]) -> None:
-        """Write what was spent to a JSON file. Keys are never saved.
+        """Write what was spent to a JSON file, and the clipping norm that was found privately. Keys are never saved.
 
         Args:
             path: the file, replaced as a whole.
@@ -461,7 +461,8 @@ class PrivacyEngine:
             >>> path = os.path.join(tempfile.mkdtemp(), "engine.json")
             >>> bw.PrivacyEngine(100, batch_size=10, noise_multiplier=1.0, max_grad_norm=1.0).save_state(path)
         """
-        self._up_to_date_books().save(path, self.dataset_size)
+        found = self.max_grad_norm if self._clipping.quantile else None
+        self._up_to_date_books().save(path, self.dataset_size, found)
 
     def load_state(self, path: str | os.PathLike[str]) -> None:
         """Continue the budget of a saved state, under this engine's own fresh noise key.
@@ -487,8 +488,10 @@ class PrivacyEngine:
             >>> engine.steps
             0
         """
-        self._up_to_date_books().load(path, self.dataset_size)
+        found = self._up_to_date_books().load(path, self.dataset_size)
         self.state["steps"] = mx.array(self._books.steps, mx.uint32)
+        if found is not None and self._clipping.quantile:
+            self.state["max_grad_norm"] = mx.array(found)
         set_scale(self.state, self.event, self._clipping)
 
     def close(self) -> None:

@@ -33,8 +33,8 @@ class PoissonSampler:
 class CyclicPoissonSampler:
     """A fixed random partition into ``cycle_length`` groups; step t tosses coins in group t mod ``cycle_length``.
 
-    A unit chooses its group by itself, so that one unit more or less moves no other. The guarantee holds for any fixed
-    partition: its seed is no secret, and a resumed run keeps it, or a unit could take part more often than accounted.
+    A unit chooses its group by itself, so that one unit more or less moves no other. A resumed run draws another
+    partition and is accounted as such.
     """
 
     size: int
@@ -59,8 +59,7 @@ class CyclicPoissonSampler:
 class ShuffleSampler:
     """A random permutation for every epoch, in batches of fixed size; the last of an epoch may be smaller.
 
-    No amplification is claimed for the order, so its seed is no secret, and a resumed run keeps it: it goes on within
-    the epoch, and no unit is seen twice there.
+    A resumed run draws another order for the epoch that it is in, and is accounted as such.
     """
 
     size: int
@@ -160,16 +159,15 @@ def _cyclic(rate: float, cycle_length: int) -> CyclicPoisson:
     return CyclicPoisson(float(rate), int(cycle_length))
 
 
-def make_sampler(sampling: Sampling, size: int, seed: mx.array | None = None) -> "Sampler":
-    """Make the sampler of an accounted scheme over ``size`` units; a resumed run gives its seed again."""
-    more = {} if seed is None else {"seed": seed}
+def make_sampler(sampling: Sampling, size: int) -> "Sampler":
+    """Make the sampler of an accounted scheme over ``size`` units."""
     match sampling:
         case Poisson(rate):
             return PoissonSampler(size, rate)
         case CyclicPoisson():
-            return CyclicPoissonSampler(size, sampling.group_rate, sampling.cycle_length, **more)
+            return CyclicPoissonSampler(size, sampling.group_rate, sampling.cycle_length)
         case Shuffle(batch_size):
-            return ShuffleSampler(size, batch_size, **more)
+            return ShuffleSampler(size, batch_size)
         case Full():
             return FullSampler(size)
 
