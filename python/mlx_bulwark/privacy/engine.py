@@ -30,12 +30,12 @@ from .validate import Fix, ValidationReport, fix, validate
 class PrivacyEngine:
     """Differentially private training: clipping, noise, sampling and accounting for one model.
 
-    The unit of privacy is one example; neighbours differ by adding or removing one. What the guarantee covers is the
-    sequence of noised updates, so the trained model; losses, gradient norms and realised batch sizes depend on the
-    data and are not covered.
+    The unit of privacy is one example, or all rows of one user (``units`` of `batches`); `adjacency` says how
+    neighbouring data sets differ. What the guarantee covers is the sequence of noised updates, so the trained model;
+    losses, gradient norms and realised batch sizes depend on the data and are not covered.
 
     Args:
-        dataset_size: number of examples N that batches are drawn from. Public: it enters the denominator.
+        dataset_size: number of examples N (with ``units``, of users) that batches are drawn from. Public: it enters the denominator.
         sample_rate: probability q with which an example enters a batch. Give this or ``batch_size``.
         batch_size: expected batch size q * N; with ``"shuffle"`` the size of every batch.
         sampling: how `batches` draws, and what is accounted. ``"poisson"``: every example by its own coin;
@@ -269,7 +269,7 @@ class PrivacyEngine:
         physical ones of ``microbatch_size`` rows, so that a compiled step compiles once, and no example is ever
         dropped. Noise comes once a logical batch.
 
-        With ``units``, rows of one person (or document, or device) are one unit of privacy: units are drawn and
+        With ``units``, rows of one user (or document, or device) are one unit of privacy: units are drawn and
         counted, not rows; all rows of a drawn unit, at most ``max_rows_per_unit``, go into one gradient before the
         one clip, and neighbouring data sets differ by a whole unit. With ``multiplicity``, so are the augmented copies
         of an example.
