@@ -125,7 +125,7 @@ class Books:
             )
 
     def save(self, path: str | os.PathLike[str], dataset_size: int, found_norm: float | None) -> None:
-        """Write what was spent, and a clipping norm found privately, to a JSON file; a crash leaves the old or the new."""
+        """Write what was spent, and a norm that was found, to a JSON file; a crash leaves the old file or the new."""
         content = {
             "format": FORMAT,
             "version": VERSION,

@@ -35,7 +35,7 @@ class PrivacyEngine:
     losses, gradient norms and realised batch sizes depend on the data and are not covered.
 
     Args:
-        dataset_size: number of examples N (with ``units``, of users) that batches are drawn from. Public: it enters the denominator.
+        dataset_size: number of examples N that batches are drawn from, or of users. Public: it enters the denominator.
         sample_rate: probability q with which an example enters a batch. Give this or ``batch_size``.
         batch_size: expected batch size q * N; with ``"shuffle"`` the size of every batch.
         sampling: how `batches` draws, and what is accounted. ``"poisson"``: every example by its own coin;
