@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .accounting import MOST_STEPS, calibrate, check_delta, check_epsilon, most_steps
-from .events import Accountant, Event, Run, composed_epsilon, integer_rdp_epsilon, joined, releases_of
+from .events import Accountant, Banded, Event, Run, composed_epsilon, integer_rdp_epsilon, joined, releases_of
 from .ledger import Ledger
 from .plan import Plan
 from .taps import PrivacyError
@@ -44,6 +44,7 @@ class Books:
         self._closed: tuple[Run, ...] = ledger.runs if ledger else ()
         self._closed_steps = self.steps = ledger.steps if ledger else 0
         self.session = ledger.session if ledger else 0
+        self.session_start = self.steps
         self._admitted = 0  # the target is known to hold for so many steps
         self.event = plan.event_at(self.steps)
         self._process = os.getpid()
@@ -111,10 +112,26 @@ class Books:
         """Charge the steps from now on under another event; tell whether it is another."""
         if event == self.event:
             return False
+        if isinstance(self.event.mechanism, Banded) and self.steps > self.session_start:
+            raise PrivacyError("[PrivacyEngine] banded noise must keep its scale for the whole run but would change")
         if event.releases(0, 1) != self.event.releases(0, 1) and not self.plan.scheduled:
             self._admitted = 0
         self._closed, self._closed_steps, self.event = self.runs, self.steps, event
         return True
+
+    def resume_session(self, session: int, first: int) -> None:
+        """Go on in the last session of the ledger, which began after ``first`` steps, under its own key."""
+        last = self._closed[-1] if self._closed else None
+        if self.steps == first and self.session == session:
+            return
+        if last is None or last.session != session or last.event != self.event or self.steps - last.steps != first:
+            raise PrivacyError(
+                "[PrivacyEngine] noise_key_file must be of the run that the ledger ends with, with the same settings, "
+                "but is not"
+            )
+        assert self.ledger is not None
+        self.session = self.ledger.session = session
+        self.session_start = first
 
     def refuse_fork(self) -> None:
         """Refuse to go on in a forked process: it holds the same key and counter."""
@@ -159,7 +176,7 @@ class Books:
             raise PrivacyError(f"[load_state] engine must have taken no step but has taken {self.steps}")
         self._closed, self._closed_steps = runs, sum(r.steps for r in runs)
         self.session = runs[-1].session + 1 if runs else 0
-        self.steps = self._closed_steps
+        self.steps = self.session_start = self._closed_steps
         self.event = self.plan.event_at(self.steps)
         return found_norm
 

@@ -14,6 +14,7 @@ import numpy as np
 from scipy import stats
 
 from .clipping import QUANTILE
+from .events import Banded
 from .optimizer import ClippedGradients
 from .taps import PrivacyError
 
@@ -85,12 +86,18 @@ def _released(engine: "PrivacyEngine", leaves: dict[str, Any], steps: int) -> It
     def release(zeros: dict[str, mx.array]) -> Any:
         return engine._release(ClippedGradients(engine, zeros, mx.zeros((0,)), mx.array(0), True))
 
+    whole: list[dict[str, Any]] = []
+    mechanism = engine.event.mechanism
+    coefficients = mechanism.coefficients if isinstance(mechanism, Banded) else (1.0,)
     compiled = mx.compile(release, inputs=engine.state, outputs=engine.state)
     for step in range(steps):
         zeros = {path: mx.zeros(shape) for path, shape in leaves.items()} | counts
         unit = ratio * engine.state["max_grad_norm"].item() / engine.expected_batch_size
         released = (release if step < (steps + 1) // 2 else compiled)(zeros)
-        yield {path: np.array(g).astype(np.float64).ravel() / unit for path, g in released.items()}
+        whole.append({path: np.array(g).astype(np.float64).ravel() / unit for path, g in released.items()})
+        # C times correlated noise is what it was made of, and that is independent
+        past = whole[::-1][: len(coefficients)]
+        yield {p: sum(c * w[p] for c, w in zip(coefficients, past, strict=False)) for p in released}
 
 
 def _require_finite(path: str, z: Any) -> None:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from ..ops.noise import bit_blocks_used, random_bits
+from ..ops.noise import bit_blocks_used, random_bits, random_key
 from .accounting import check_delta, check_epsilon, warn_of_delta
 from .batches import Augment, Batch, Batches, Source, UnitReduction
 from .books import Books, noise_for, steps_for
@@ -16,10 +16,11 @@ from .check import CheckReport, check
 from .clipping import AdaptiveClipping, ClippingMode, Sensitivity
 from .events import Accountant, Event, Run
 from .gradients import LossFunction
+from .key_file import keep_noise_key
 from .ledger import Ledger
 from .memory import find_microbatch_size
 from .optimizer import ClippedGradients, PrivateOptimizer
-from .plan import make_plan
+from .plan import NoiseMode, make_plan
 from .sampling import SamplingMode, make_sampler
 from .schedules import Schedule
 from .state import new_state, set_scale
@@ -52,6 +53,13 @@ class PrivacyEngine:
             group by itself, to ``max_grad_norm[pattern]``, where a parameter belongs to the first pattern of
             `fnmatch` that its path matches; ``"adaptive"`` or an `AdaptiveClipping`: C, which starts at
             ``max_grad_norm``, follows a quantile of the norms, found privately.
+        noise: ``"gaussian"``: independent from step to step; ``"banded"``: correlated over ``bands`` steps, so that it
+            cancels in the sum of the updates (BandMF). That needs ``steps``, keeps noise and clipping norm fixed, and
+            is amplified by sampling only with ``"cyclic_poisson"`` and at most ``cycle_length`` bands.
+        bands: of banded noise; default: ``cycle_length``.
+        noise_key_file: with banded noise and a ledger, a file for the noise key (mode 0600), so that a resumed run
+            goes on with the same noise; keep it apart from the model. Default: the key lives and dies with the engine,
+            and a resumed run begins a correlation of its own.
         accountant: ``"pld"`` or ``"rdp"``.
         steps: planned number of steps; an update past it is refused.
         delta: default delta of `epsilon`; well below 1 / dataset_size.
@@ -85,6 +93,9 @@ class PrivacyEngine:
         noise_multiplier: float | Schedule,
         max_grad_norm: float | Schedule | Mapping[str, float],
         clipping: ClippingMode | AdaptiveClipping = "flat",
+        noise: NoiseMode = "gaussian",
+        bands: int | None = None,
+        noise_key_file: str | os.PathLike[str] | None = None,
         accountant: Accountant = "pld",
         steps: int | None = None,
         delta: float | None = None,
@@ -100,6 +111,9 @@ class PrivacyEngine:
             sampling=sampling,
             cycle_length=cycle_length,
             clipping=clipping,
+            noise=noise,
+            bands=bands,
+            steps=steps,
         )
         if accountant not in ("pld", "rdp"):
             raise ValueError(f"[PrivacyEngine] accountant must be 'pld' or 'rdp' but is {accountant!r}")
@@ -122,7 +136,12 @@ class PrivacyEngine:
             ledger=None if ledger is None else Ledger(ledger),
         )
         self.state = new_state(self.event, self._clipping, self._books.steps)
-        self._sampler = make_sampler(plan.sampling, dataset_size)
+        secrets = None if noise_key_file is None else keep_noise_key(noise_key_file, self._books)
+        if secrets is not None:
+            self.state["noise"]["key"] = secrets.key
+        self._sampling_key = random_key()  # of its own: a resumed run must not toss the same coins under its old key
+        self._sampler = make_sampler(plan.sampling, dataset_size, None if secrets is None else secrets.partition)
+        self._noised: dict[str, tuple[int, ...]] = {}  # shapes that banded noise is made for
         self._unit = "example"
         self._sampling_counter = 0
         self._tracing = False  # a compiled step of the engine's own is being traced
@@ -174,7 +193,7 @@ class PrivacyEngine:
             `find_noise_multiplier` and `find_steps`.
         """
         accountant = settings.get("accountant", "pld")
-        outside = {"accountant", "target_epsilon", "ledger"}
+        outside = {"accountant", "target_epsilon", "ledger", "noise_key_file"}
         kinds: dict[str, Any] = {k: v for k, v in settings.items() if k not in outside}
         if sum(v is not None for v in (steps, epochs, settings.get("noise_multiplier"))) != 1:
             raise ValueError("[for_epsilon] one of steps, epochs and noise_multiplier must be given")
@@ -182,12 +201,13 @@ class PrivacyEngine:
             plan = make_plan(dataset_size, **kinds)
             steps = steps_for(epsilon, delta, accountant, plan.runs)
             return cls(dataset_size, steps=steps, delta=delta, **settings)
-        plan = make_plan(dataset_size, noise_multiplier=noise_schedule or 1.0, **kinds)
         if epochs is not None:
-            steps = round(epochs / plan.sample_rate)
+            unbanded = {**kinds, "noise": "gaussian", "bands": None}
+            steps = round(epochs / make_plan(dataset_size, noise_multiplier=1.0, **unbanded).sample_rate)
         if not steps or steps < 0:
             raise ValueError(f"[for_epsilon] steps must be positive but are {steps}")
         length = steps
+        plan = make_plan(dataset_size, noise_multiplier=noise_schedule or 1.0, steps=length, **kinds)
         scale = noise_for(epsilon, delta, accountant, lambda s: plan.scaled(s).runs(0, length))
         return cls(
             dataset_size, noise_multiplier=plan.scaled(scale).noise_multiplier, steps=steps, delta=delta, **settings
@@ -604,7 +624,7 @@ class PrivacyEngine:
 
     def _sampling_words(self, n: int) -> mx.array:
         self._books.refuse_fork()
-        words = random_bits((n,), self.state["noise"]["key"], self._sampling_counter, domain="poisson")
+        words = random_bits((n,), self._sampling_key, self._sampling_counter, domain="poisson")
         self._sampling_counter += bit_blocks_used((n,))
         return words
 

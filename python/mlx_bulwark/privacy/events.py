@@ -94,10 +94,28 @@ class Gaussian:
     name: ClassVar[str] = "gaussian"
 
 
+@dataclass(frozen=True)
+class Banded:
+    """Clipped sums with noise correlated by C^-1, where C is Toeplitz with these coefficients in its first column."""
+
+    noise_multiplier: float
+    max_grad_norm: float
+    coefficients: tuple[float, ...]
+    name: ClassVar[str] = "banded"
+
+    def sensitivity(self, times: int) -> float:
+        """Bound on the norm of a sum of ``times`` columns of C with unit vectors, wherever an example takes part."""
+        c = np.abs(self.coefficients)
+        overlaps = np.sort(np.correlate(c, c, "full")[len(c) - 1 :])[::-1][:times]
+        # columns that lie next to each other overlap most; the bound holds for every other order of overlaps too
+        pairs = times * overlaps[0] + 2 * sum((times - lag) * o for lag, o in enumerate(overlaps) if lag)
+        return math.sqrt(pairs)
+
+
 Sampling = Poisson | CyclicPoisson | Shuffle | Full
-Mechanism = Gaussian
+Mechanism = Gaussian | Banded
 SAMPLINGS: dict[str, type[Sampling]] = {kind.name: kind for kind in (Poisson, CyclicPoisson, Shuffle, Full)}
-MECHANISMS: dict[str, type[Mechanism]] = {kind.name: kind for kind in (Gaussian,)}
+MECHANISMS: dict[str, type[Mechanism]] = {kind.name: kind for kind in (Gaussian, Banded)}
 
 
 class Release(NamedTuple):
@@ -119,7 +137,10 @@ class Event:
         for part in (self.sampling, self.mechanism):
             for field in fields(part):
                 value = getattr(part, field.name)
-                if not value >= 0 or (value == 0 and field.name != "noise_multiplier"):
+                if isinstance(value, tuple):
+                    if not value or abs(math.hypot(*value) - 1) > 1e-9:
+                        raise ValueError(f"[Event] {field.name} must have norm 1 but has {math.hypot(*value):.6g}")
+                elif not value >= 0 or (value == 0 and field.name != "noise_multiplier"):
                     raise ValueError(f"[Event] {field.name} must be positive but is {value}")
         if getattr(self.sampling, "sample_rate", 1) > 1 or self.mechanism.noise_multiplier == math.inf:
             raise ValueError("[Event] sample_rate must be at most 1 and noise_multiplier finite but they are not")
@@ -153,6 +174,12 @@ class Event:
     def releases(self, first: int, steps: int) -> list[Release]:
         """Return what a number of steps of this event, one after the other from step ``first``, amounts to."""
         rate, times = self.sampling.parts(first, steps)
+        if isinstance(self.mechanism, Banded) and times:
+            # amplified only where the bands of two participations of one example do not overlap: then C, and with it
+            # the whole run, falls apart into one Poisson-sampled Gaussian for each round
+            scheme, bands = self.sampling, len(self.mechanism.coefficients)
+            if not (isinstance(scheme, CyclicPoisson) and bands <= scheme.cycle_length):
+                return [Release(1.0, self.mechanism.noise_multiplier / self.mechanism.sensitivity(times), 1)]
         return [Release(rate, self.mechanism.noise_multiplier, times)]
 
 
@@ -179,7 +206,9 @@ def _settings(part: Any) -> dict[str, Any]:
     return {k: str(v) if v == math.inf else v for k, v in asdict(part).items()}  # JSON has no infinity
 
 
-def _number(value: Any, kind: Any) -> float | int:
+def _number(value: Any, kind: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(float(_number(v, float)) for v in value)
     if isinstance(value, bool) or not (isinstance(value, (int, float)) or value == "inf"):
         raise ValueError(f"{value!r} is not a number")
     return int(value) if kind is int else float(value)

@@ -4,11 +4,15 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
+from .banded import strategy
 from .clipping import AdaptiveClipping, Clipping, ClippingMode, make_clipping
-from .events import Event, Gaussian, Mechanism, Run, Sampling
+from .events import Banded, Event, Gaussian, Mechanism, Run, Sampling
 from .sampling import SamplingMode, make_sampling
 from .schedules import Schedule
+
+NoiseMode = Literal["gaussian", "banded"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,9 @@ class Plan:
     clipping: Clipping
     noise_multiplier: float | Schedule
     max_grad_norm: float | Schedule  # over the whole model
+    noise: NoiseMode = "gaussian"
+    coefficients: tuple[float, ...] = ()  # of banded noise
+    horizon: int = 0  # the number of steps that it is made for
 
     @property
     def scheduled(self) -> bool:
@@ -28,6 +35,8 @@ class Plan:
 
     def mechanism(self, noise_multiplier: float, max_grad_norm: float) -> Mechanism:
         """Return how a clipped sum is released with a step's noise and clipping norm."""
+        if self.noise == "banded":
+            return Banded(noise_multiplier, max_grad_norm, self.coefficients)
         return Gaussian(noise_multiplier, max_grad_norm)
 
     def event_at(self, steps: int) -> Event:
@@ -68,9 +77,13 @@ def make_plan(
     sampling: SamplingMode = "poisson",
     cycle_length: int | None = None,
     clipping: ClippingMode | AdaptiveClipping = "flat",
+    noise: NoiseMode = "gaussian",
+    bands: int | None = None,
+    steps: int | None = None,
 ) -> Plan:
     """Plan from the arguments of `PrivacyEngine`."""
     scheme, rate = make_sampling(sampling, dataset_size, sample_rate, batch_size, cycle_length)
+    _check_noise_mode(noise, bands, steps, cycle_length, (noise_multiplier, max_grad_norm), clipping)
     sigma = _at(noise_multiplier, 0)
     if not 0 <= sigma < math.inf:
         raise ValueError(f"[PrivacyEngine] noise_multiplier must be at least 0 and finite but is {sigma}")
@@ -80,7 +93,37 @@ def make_plan(
         rule, _ = make_clipping(clipping, max_grad_norm(0), sigma, rate * dataset_size)
         return Plan(scheme, rate, rule, noise_multiplier, max_grad_norm)
     rule, norm = make_clipping(clipping, max_grad_norm, sigma, rate * dataset_size)
-    return Plan(scheme, rate, rule, noise_multiplier, norm)
+    coefficients = strategy(bands or cycle_length or 1, steps) if noise == "banded" and steps else ()
+    return Plan(scheme, rate, rule, noise_multiplier, norm, noise, coefficients, steps or 0)
+
+
+def _check_noise_mode(
+    noise: NoiseMode,
+    bands: int | None,
+    steps: int | None,
+    cycle_length: int | None,
+    values: tuple[object, ...],
+    clipping: ClippingMode | AdaptiveClipping,
+) -> None:
+    if noise not in get_args(NoiseMode):
+        raise ValueError(
+            f"[PrivacyEngine] noise must be one of {', '.join(map(repr, get_args(NoiseMode)))} but is {noise!r}"
+        )
+    if noise != "banded":
+        if bands is not None:
+            raise ValueError(f"[PrivacyEngine] bands must be given with noise='banded' only but is {bands}")
+        return
+    if steps is None or steps < 1:
+        raise ValueError(f"[PrivacyEngine] steps must be given with noise='banded', made for so many, but is {steps}")
+    if bands is None and cycle_length is None:
+        raise ValueError("[PrivacyEngine] bands must be given with noise='banded' but is None")
+    if bands is not None and (bands < 1 or int(bands) != bands):
+        raise ValueError(f"[PrivacyEngine] bands must be a positive whole number but is {bands}")
+    if any(callable(v) for v in values) or clipping == "adaptive" or isinstance(clipping, AdaptiveClipping):
+        raise ValueError(
+            "[PrivacyEngine] noise_multiplier and max_grad_norm must stay the same in a run with noise='banded' but "
+            "change: noise that is to cancel in the sum must have one scale"
+        )
 
 
 def _at(value: float | Schedule, steps: int) -> float:

@@ -159,15 +159,16 @@ def _cyclic(rate: float, cycle_length: int) -> CyclicPoisson:
     return CyclicPoisson(float(rate), int(cycle_length))
 
 
-def make_sampler(sampling: Sampling, size: int) -> "Sampler":
-    """Make the sampler of an accounted scheme over ``size`` units."""
+def make_sampler(sampling: Sampling, size: int, seed: mx.array | None = None) -> "Sampler":
+    """Make the sampler of an accounted scheme over ``size`` units; a run with banded noise may go on with its seed."""
+    more = {} if seed is None else {"seed": seed}
     match sampling:
         case Poisson(rate):
             return PoissonSampler(size, rate)
         case CyclicPoisson():
-            return CyclicPoissonSampler(size, sampling.group_rate, sampling.cycle_length)
+            return CyclicPoissonSampler(size, sampling.group_rate, sampling.cycle_length, **more)
         case Shuffle(batch_size):
-            return ShuffleSampler(size, batch_size)
+            return ShuffleSampler(size, batch_size, **more)
         case Full():
             return FullSampler(size)
 

@@ -8,9 +8,10 @@ import mlx.nn as nn
 import numpy as np
 
 from ..ops.noise import add_gaussian, advance_counter, blocks_used
+from .banded import add_banded, taps
 from .batches import Batch, UnitReduction
 from .clipping import QUANTILE
-from .events import CyclicPoisson, Shuffle
+from .events import Banded, CyclicPoisson, Shuffle
 from .gradients import LossFunction, batch_size_of, clipped_sums, to_mlx
 from .optimizer import ClippedGradients, PrivateOptimizer
 from .state import is_traced
@@ -114,7 +115,7 @@ def release(engine: "PrivacyEngine", gradients: ClippedGradients) -> dict[str, m
     if not traced:  # a compiled end of a batch gets them as an argument
         sums, engine._accumulated = add(sums, engine._accumulated), {}
     counter = _charge(engine, blocks_used(sums), traced)
-    noisy = _noised(engine, sums, counter)
+    noisy = _noised(engine, sums, counter, traced)
     if engine._clipping.quantile:
         engine._clipping.quantile.move(engine.state, noisy.pop(QUANTILE))
     if not traced:
@@ -161,11 +162,26 @@ def _charge(engine: "PrivacyEngine", blocks: int, traced: bool) -> mx.array:
     return counter
 
 
-def _noised(engine: "PrivacyEngine", sums: dict[str, mx.array], counter: mx.array) -> dict[str, mx.array]:
+def _noised(engine: "PrivacyEngine", sums: dict[str, mx.array], counter: mx.array, traced: bool) -> dict[str, mx.array]:
     if engine.event.mechanism.noise_multiplier == 0:
         return sums
-    noisy: dict[str, mx.array] = add_gaussian(sums, engine.state["noise_std"], engine.state["noise"]["key"], counter)
+    std, key = engine.state["noise_std"], engine.state["noise"]["key"]
+    mechanism = engine.event.mechanism
+    if isinstance(mechanism, Banded):
+        books, steps = engine._books, engine.state["steps"]
+        own = (steps if traced else books.steps) - 1 - books.session_start
+        sums = dict(sorted(sums.items()))  # a step finds the normals of earlier ones only in the same order
+        _refuse_other_shapes(engine, sums)
+        return add_banded(sums, taps(mechanism.coefficients, books.plan.horizon), std, key, own)
+    noisy: dict[str, mx.array] = add_gaussian(sums, std, key, counter)
     return noisy
+
+
+def _refuse_other_shapes(engine: "PrivacyEngine", sums: dict[str, mx.array]) -> None:
+    shapes = {path: s.shape for path, s in sums.items()}
+    engine._noised = engine._noised or shapes
+    if shapes != engine._noised:
+        raise PrivacyError("[update] trainable parameters must stay the same in a run with banded noise but changed")
 
 
 def _accumulate(engine: "PrivacyEngine", sums: dict[str, mx.array]) -> None:
