@@ -3,6 +3,7 @@
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models import gemma2
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
@@ -251,6 +252,7 @@ MODELS = {
     "embedding of positions": (Positions, 7, 1e-5),
     "layer norm": (lambda: Sequence(nn.LayerNorm(6), nn.Linear(6, 3)), STEPS, 1e-5),
     "rms norm": (lambda: Sequence(nn.RMSNorm(6), nn.Linear(6, 3)), STEPS, 1e-5),
+    "rms norm of gemma": (lambda: Sequence(gemma2.RMSNorm(6), nn.Linear(6, 3)), STEPS, 1e-5),
     "group norm": (lambda: nn.GroupNorm(2, 4), IMAGE, 1e-5),
     "group norm of torch": (lambda: nn.GroupNorm(2, 4, pytorch_compatible=True), IMAGE, 1e-5),
     "generic": (lambda: Sequence(nn.Linear(6, 6), Scale(6)), STEPS, 1e-5),

@@ -325,3 +325,28 @@ def test_every_layer_under_compile(backend, name):
     compiled, compiled_norms = mx.compile(sums)(*batch)
     assert_sums_close(compiled, {k: numpy64(s) for k, s in eager.items()}, 1e-4)
     np.testing.assert_allclose(numpy64(compiled_norms), numpy64(norms), rtol=1e-3)
+
+
+def parts(model, odd):
+    """Every second trainable parameter of a model, frozen: the odd ones or the others."""
+    paths = [path for path, _ in tree_flatten(model.trainable_parameters())]
+    for path in paths[odd::2]:
+        owner = model
+        *way, name = path.split(".")
+        for step in way:
+            owner = owner[int(step)] if isinstance(owner, list) else owner[step]
+        owner.freeze(keys=[name], recurse=False)
+    return model if tree_flatten(model.trainable_parameters()) else None
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize("name", MODELS)
+def test_partly_frozen_layers(backend, name, odd):
+    build, shape, rtol = MODELS[name]
+    model, loss_fn, batch = problem(build, shape, 3)
+    if not parts(model, odd):
+        return  # it trains one parameter alone
+    norms, sums, C = one_by_one(model, loss_fn, batch, max_grad_norm=None)
+    ours = clipped_sums(model, loss_fn, batch, None, C, "flat", {})
+    np.testing.assert_allclose(np.sqrt(numpy64(ours.sq_norms)), norms, rtol=10 * rtol)
+    assert_sums_close(ours.sums, sums, 10 * rtol)

@@ -8,7 +8,7 @@ from .rules_convolutions import convolution, transposed_convolution
 from .rules_embeddings import embedding
 from .rules_generic import generic
 from .rules_lora import dora_embedding, dora_linear, lora_embedding, lora_linear
-from .rules_norms import affine
+from .rules_norms import group_norm, instance_norm, layer_norm, rms_norm
 from .rules_products import bilinear, linear
 from .rules_quantized import quantized_linear
 from .rules_recurrent import gate_biases, gru, lstm, rnn
@@ -27,10 +27,10 @@ RULES = {
     "mlx.nn.layers.convolution_transpose.ConvTranspose2d": Rule(transposed_convolution),
     "mlx.nn.layers.convolution_transpose.ConvTranspose3d": Rule(transposed_convolution),
     "mlx.nn.layers.embedding.Embedding": Rule(embedding, LOOKUP),
-    "mlx.nn.layers.normalization.LayerNorm": Rule(affine),
-    "mlx.nn.layers.normalization.RMSNorm": Rule(affine),
-    "mlx.nn.layers.normalization.GroupNorm": Rule(affine),
-    "mlx.nn.layers.normalization.InstanceNorm": Rule(affine),
+    "mlx.nn.layers.normalization.LayerNorm": Rule(layer_norm),
+    "mlx.nn.layers.normalization.RMSNorm": Rule(rms_norm),
+    "mlx.nn.layers.normalization.GroupNorm": Rule(group_norm),
+    "mlx.nn.layers.normalization.InstanceNorm": Rule(instance_norm),
     "mlx.nn.layers.activations.PReLU": Rule(prelu),
     "mlx.nn.layers.recurrent.RNN": Rule(rnn, needs_outputs=True, expanded=gate_biases),
     "mlx.nn.layers.recurrent.GRU": Rule(gru, needs_outputs=True, expanded=gate_biases),
@@ -40,6 +40,9 @@ RULES = {
     "mlx_lm.tuner.lora.LoRAEmbedding": Rule(lora_embedding, LOOKUP, recorded=("dropout",), probed=("dropout",)),
     "mlx_lm.tuner.dora.DoRALinear": Rule(dora_linear, recorded=("dropout",)),
     "mlx_lm.tuner.dora.DoRAEmbedding": Rule(dora_embedding, LOOKUP, recorded=("dropout",), probed=("dropout",)),
+    "mlx_lm.models.gemma.RMSNorm": Rule(rms_norm),
+    "mlx_lm.models.gemma2.RMSNorm": Rule(rms_norm),
+    "mlx_lm.models.gemma3_text.RMSNorm": Rule(rms_norm),
 }
 
 

@@ -1,5 +1,6 @@
 """Rules of normalisations: their gradients are small and built."""
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -9,7 +10,32 @@ from .per_sample import PerSample, Tapped, add, rows
 from .taps import Site
 
 
-def affine(site: Site, calls: list[Tapped]) -> PerSample:
+def layer_norm(site: Site, calls: list[Tapped]) -> PerSample:
+    """nn.LayerNorm."""
+    return _affine(site, calls, lambda layer, x: mx.fast.layer_norm(x, None, None, layer.eps))
+
+
+def rms_norm(site: Site, calls: list[Tapped]) -> PerSample:
+    """nn.RMSNorm, and those whose weight is one more than their parameter."""
+    return _affine(site, calls, lambda layer, x: mx.fast.rms_norm(x, None, layer.eps))
+
+
+def group_norm(site: Site, calls: list[Tapped]) -> PerSample:
+    """nn.GroupNorm."""
+
+    def normalised(layer: Any, x: mx.array) -> Any:
+        plain: Any = nn.GroupNorm(layer.num_groups, layer.dims, layer.eps, False, layer.pytorch_compatible)
+        return plain(x)
+
+    return _affine(site, calls, normalised)
+
+
+def instance_norm(site: Site, calls: list[Tapped]) -> PerSample:
+    """nn.InstanceNorm."""
+    return _affine(site, calls, lambda layer, x: nn.InstanceNorm(layer.dims, layer.eps)(x))
+
+
+def _affine(site: Site, calls: list[Tapped], normalised: Callable[[Any, mx.array], Any]) -> PerSample:
     """y = weight * normalised(x) + bias over the last axis."""
     result = PerSample()
     for c in calls:
@@ -17,20 +43,5 @@ def affine(site: Site, calls: list[Tapped]) -> PerSample:
         if "bias" in site.params:
             add(result.built, "bias", dy.sum(axis=1))
         if "weight" in site.params:
-            normalised = rows(_without_affine(site.module, site.cls, c.x))
-            add(result.built, "weight", (dy * normalised).sum(axis=1))
+            add(result.built, "weight", (dy * rows(normalised(site.module, c.x.astype(mx.float32)))).sum(axis=1))
     return result
-
-
-def _without_affine(module: Any, cls: type[nn.Module], x: mx.array) -> mx.array:
-    x = x.astype(mx.float32)
-    if issubclass(cls, nn.LayerNorm):
-        return mx.fast.layer_norm(x, None, None, module.eps)
-    if issubclass(cls, nn.RMSNorm):
-        return mx.fast.rms_norm(x, None, module.eps)
-    if issubclass(cls, nn.InstanceNorm):
-        by_instance: mx.array = nn.InstanceNorm(module.dims, module.eps)(x)
-        return by_instance
-    plain: Any = nn.GroupNorm(module.num_groups, module.dims, module.eps, False, module.pytorch_compatible)
-    normalised: mx.array = plain(x)
-    return normalised
