@@ -17,7 +17,7 @@ static constexpr size_t GRAM_ROWS = 128, GRAM_COLUMNS = 256;
 static constexpr size_t DEPTH = 512;                               // rows that a product takes at once
 static constexpr size_t TILE_COLUMNS = 512, TILE_VALUES = 65536;   // of D^T U: it stays in a core's cache
 static constexpr size_t LEAST_SUM_ROWS = 64, MOST_SUM_ROWS = 256;  // of a task of the clipped sum
-static constexpr size_t SUM_COLUMNS = 2048;
+static constexpr size_t SUM_COLUMNS = 2048, LEAST_SUM_TASKS = 4;
 static constexpr size_t EMBEDDING_COLUMNS = 1024;
 static constexpr double PACKING = 12;  // multiplications in whose time one value is gathered
 
@@ -253,19 +253,23 @@ static Tiles cached_tiles(const Work& w) {
   return {w.p, w.d, std::max<size_t>(1, TILE_VALUES / columns), columns};
 }
 
-// A tile of D^T U over the rows of a unit, and of the sum of D's rows where `bias` is given.
-static void multiply(const Work& w, const Unit& u, size_t group, const Tile& t, const float* factors, float* c,
-                     size_t ldc, float* bias, Scratch& s) {
+struct Rows {
+  size_t from, to;
+};
+
+// A tile of D^T U over rows of a unit, and of the sum of D's rows where `bias` is given.
+static void multiply(const Work& w, const Unit& u, Rows rows, size_t group, const Tile& t, const float* factors,
+                     float* c, size_t ldc, float* bias, Scratch& s) {
   size_t p = t.p1 - t.p0, d = t.d1 - t.d0;
-  if (!u.rows)
+  if (rows.from == rows.to)
     for (size_t i = 0; i < p; i++) std::fill_n(c + i * ldc, d, 0.0f);
   if (bias) std::fill_n(bias, p, 0.0f);
-  for (size_t from = 0; from < u.rows; from += DEPTH) {
-    size_t to = std::min(u.rows, from + DEPTH);
+  for (size_t from = rows.from; from < rows.to; from += DEPTH) {
+    size_t to = std::min(rows.to, from + DEPTH);
     Panel e = rows_of_d(w, u, group, from, to, t.p0, t.p1, factors, s.d);
     if (d) {
       Panel v = rows_of_u(w, u, group, from, to, s.u);
-      sgemm(true, false, p, d, to - from, e.data, e.ld, v.data + t.d0, v.ld, from ? 1 : 0, c, ldc);
+      sgemm(true, false, p, d, to - from, e.data, e.ld, v.data + t.d0, v.ld, from > rows.from, c, ldc);
     }
     if (!bias) continue;
     float* part = room(s.v, p);
@@ -278,7 +282,7 @@ static void multiply(const Work& w, const Unit& u, size_t group, const Tile& t, 
 static double direct(const Work& w, const Unit& u, size_t group, const Tile& t, Scratch& s) {
   size_t p = t.p1 - t.p0, d = t.d1 - t.d0;
   float *c = room(s.s, p * d), *bias = w.bias && t.d0 == 0 ? room(s.t, p) : nullptr;
-  multiply(w, u, group, t, nullptr, c, d, bias, s);
+  multiply(w, u, {0, u.rows}, group, t, nullptr, c, d, bias, s);
   return dot(c, c, 0, p * d) + (bias ? dot(bias, bias, 0, p) : 0);
 }
 
@@ -371,7 +375,8 @@ static void grads(const Work& w, float* out, float* bias) {
     size_t unit = i / parts / w.groups, group = i / parts % w.groups, row = unit * w.groups + group;
     Tile t = tiles[i % parts];
     float* b = bias && t.d0 == 0 ? bias + row * w.p + t.p0 : nullptr;
-    multiply(w, units[unit], group, t, nullptr, out + (row * w.p + t.p0) * w.d + t.d0, w.d, b, scratch());
+    multiply(w, units[unit], {0, units[unit].rows}, group, t, nullptr, out + (row * w.p + t.p0) * w.d + t.d0, w.d, b,
+             scratch());
   });
 }
 
@@ -381,13 +386,24 @@ static size_t sum_rows(size_t p) { return std::clamp(ceil_div(p, 2), LEAST_SUM_R
 static void clipped_sum(const Work& w, const float* factors, float* out, float* bias) {
   Unit u = w.one_unit(factors);
   Tiles tiles(w.p, w.d, sum_rows(w.p), w.window ? std::max<size_t>(1, w.d) : SUM_COLUMNS);
-  size_t parts = tiles.count();
-  parallel_for(w.groups * parts, [&](size_t i) {
-    size_t group = i / parts;
-    Tile t = tiles[i % parts];
-    float* b = bias && t.d0 == 0 ? bias + group * w.p + t.p0 : nullptr;
-    multiply(w, u, group, t, factors, out + (group * w.p + t.p0) * w.d + t.d0, w.d, b, scratch());
+  size_t parts = tiles.count() * w.groups, values = w.groups * w.p * w.d, sums = w.groups * w.p;
+  // A small product of many rows is cut along the rows: each part has a sum of its own, and they are added in order.
+  size_t cuts =
+      std::clamp<size_t>(std::min(LEAST_SUM_TASKS / std::max<size_t>(parts, 1), u.rows / DEPTH), 1, LEAST_SUM_TASKS);
+  size_t step = ceil_div(u.rows, cuts);
+  std::vector<float> others((cuts - 1) * values), other_sums(bias ? (cuts - 1) * sums : 0);
+  parallel_for(parts * cuts, [&](size_t i) {
+    size_t cut = i / parts, group = i % parts / tiles.count();
+    Tile t = tiles[i % tiles.count()];
+    float* c = (cut ? &others[(cut - 1) * values] : out) + (group * w.p + t.p0) * w.d + t.d0;
+    float* b = !bias || t.d0 ? nullptr : (cut ? &other_sums[(cut - 1) * sums] : bias) + group * w.p + t.p0;
+    Rows rows{std::min(u.rows, cut * step), std::min(u.rows, (cut + 1) * step)};
+    multiply(w, u, rows, group, t, factors, c, w.d, b, scratch());
   });
+  for (size_t cut = 0; cut + 1 < cuts; cut++) {
+    BULWARK_PICK(ghost_kernels).add(others.data() + cut * values, out, values);
+    if (bias) BULWARK_PICK(ghost_kernels).add(other_sums.data() + cut * sums, bias, sums);
+  }
 }
 
 static Arrays inputs(std::initializer_list<Arrays> lists, mx::Stream s) {
