@@ -66,6 +66,17 @@ def test_training_stays_within_the_budget_and_uses_it(backend, compiled, mebibyt
     assert peak_of_training(e, model, optimizer, too_large, compiled) > budget
 
 
+def test_a_step_that_is_no_line_is_measured_until_it_fits():
+    # from 41 rows on a step takes 8 MiB more, of which the two small sizes know nothing
+    def jumping(model, x):
+        more = mx.full((1448, 1448), x[0, 0, 0]).sum() if x.shape[0] > 40 else mx.array(0.0)
+        return loss_fn(model, x) + mx.stop_gradient(0 * more)
+
+    e, model, optimizer, x = make()
+    batches = e.batches(x, steps=1, max_memory=5 * 2**20, training=(model, optimizer, jumping))
+    assert 20 < batches.microbatch_size <= 40
+
+
 def test_trial_steps_leave_no_trace():
     e, model, optimizer, x = make(steps=3, delta=1e-6)
     mx.random.seed(7)
