@@ -141,6 +141,23 @@ class Books:
                 "would repeat the parent's noise"
             )
 
+    def spent(self) -> dict[str, Any]:
+        """All steps that were charged, for JSON."""
+        runs = [{"steps": r.steps, "session": r.session, **r.event.to_json()} for r in self.runs if r.steps]
+        return {"steps": self.steps, "runs": runs}
+
+    def follow(self, spent: dict[str, Any]) -> None:
+        """Take over the steps of other books, which were charged in earlier sessions."""
+        if spent == self.spent():
+            return
+        self._take_over(tuple(_saved_run(dict(r)) for r in spent["runs"]))
+
+    def _take_over(self, runs: tuple[Run, ...]) -> None:
+        self._closed, self._closed_steps = runs, sum(r.steps for r in runs)
+        self.session = runs[-1].session + 1 if runs else 0
+        self.steps = self.session_start = self._closed_steps
+        self.event = self.plan.event_at(self.steps)
+
     def save(self, path: str | os.PathLike[str], dataset_size: int, found_norm: float | None) -> None:
         """Write what was spent, and a norm that was found, to a JSON file; a crash leaves the old file or the new."""
         content = {
@@ -151,9 +168,8 @@ class Books:
             "delta": self.delta,
             "target_epsilon": self.target_epsilon,
             "planned_steps": self.planned_steps,
-            "steps": self.steps,
             "found_norm": found_norm,
-            "runs": [{"steps": run.steps, "session": run.session, **run.event.to_json()} for run in self.runs],
+            **self.spent(),
         }
         temporary = Path(f"{os.fspath(path)}.{os.getpid()}.new")
         temporary.write_text(json.dumps(content, indent=1) + "\n")
@@ -174,10 +190,7 @@ class Books:
             return found_norm
         if self.steps:
             raise PrivacyError(f"[load_state] engine must have taken no step but has taken {self.steps}")
-        self._closed, self._closed_steps = runs, sum(r.steps for r in runs)
-        self.session = runs[-1].session + 1 if runs else 0
-        self.steps = self.session_start = self._closed_steps
-        self.event = self.plan.event_at(self.steps)
+        self._take_over(runs)
         return found_norm
 
     def _affordable(self, most: int) -> int:

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 
 from ..ops.noise import bit_blocks_used, random_bits, random_key
 from .accounting import check_delta, check_epsilon, warn_of_delta
@@ -14,6 +15,7 @@ from .batches import Augment, Batch, Batches, Source, UnitReduction
 from .books import Books, noise_for, steps_for
 from .check import CheckReport, check
 from .clipping import AdaptiveClipping, ClippingMode, Sensitivity
+from .distributed import Ranks, make_ranks
 from .events import Accountant, Event, Run
 from .gradients import LossFunction
 from .key_file import keep_noise_key
@@ -65,11 +67,16 @@ class PrivacyEngine:
         delta: default delta of `epsilon`; well below 1 / dataset_size.
         target_epsilon: budget at ``delta``: an update that would pass it is refused, and nothing is spent by that.
         ledger: file of JSON lines, made or continued, with one line for each step, on the disk before the step's
-            update exists. Steps in it count as spent. One engine at a time may use it.
+            update exists. Steps in it count as spent. One engine at a time may use it; of several ranks the first does.
+        group: ranks that train together, each on its shard of the data; ``dataset_size`` and the batch size are those
+            of all. Every rank adds its share of the noise, under a key of its own, before the sums travel. All ranks
+            make the engine, call its functions and take its steps.
+        group_timeout: seconds after which a rank that waits for others ends its process.
 
     Raises:
         ValueError: an argument is out of range.
-        PrivacyError: the ledger is in use, or one of its lines was changed.
+        PrivacyError: the ledger is in use, or one of its lines was changed; ranks have other settings, or one of them
+            was lost.
 
     Example:
         >>> import mlx_bulwark as bw
@@ -101,6 +108,8 @@ class PrivacyEngine:
         delta: float | None = None,
         target_epsilon: float | None = None,
         ledger: str | os.PathLike[str] | None = None,
+        group: mx.distributed.Group | None = None,
+        group_timeout: float = 600.0,
     ) -> None:
         plan = make_plan(
             dataset_size,
@@ -127,14 +136,20 @@ class PrivacyEngine:
         self.dataset_size, self.sample_rate, self.clipping = dataset_size, plan.sample_rate, clipping
         self.expected_batch_size = self.sample_rate * dataset_size
         self._clipping = plan.clipping
+        self._ranks = make_ranks(group, group_timeout)
+        if self._ranks:
+            if noise_key_file is not None:
+                raise ValueError("[PrivacyEngine] noise_key_file must be None with several ranks but is given")
+            self._ranks.agree("settings", (dataset_size, plan.outline(), accountant, steps, delta, target_epsilon))
         self._books = Books(
             plan,
             accountant,
             planned_steps=steps,
             delta=delta,
             target_epsilon=target_epsilon,
-            ledger=None if ledger is None else Ledger(ledger),
+            ledger=None if ledger is None or not self._keeps_books else Ledger(ledger),
         )
+        self._follow_first_rank()
         self.state = new_state(self.event, self._clipping, self._books.steps)
         secrets = None if noise_key_file is None else keep_noise_key(noise_key_file, self._books)
         if secrets is not None:
@@ -193,7 +208,7 @@ class PrivacyEngine:
             `find_noise_multiplier` and `find_steps`.
         """
         accountant = settings.get("accountant", "pld")
-        outside = {"accountant", "target_epsilon", "ledger", "noise_key_file"}
+        outside = {"accountant", "target_epsilon", "ledger", "noise_key_file", "group", "group_timeout"}
         kinds: dict[str, Any] = {k: v for k, v in settings.items() if k not in outside}
         if sum(v is not None for v in (steps, epochs, settings.get("noise_multiplier"))) != 1:
             raise ValueError("[for_epsilon] one of steps, epochs and noise_multiplier must be given")
@@ -333,9 +348,10 @@ class PrivacyEngine:
             steps = self._up_to_date_books().remaining()
         if steps is None or steps < 0:
             raise ValueError(f"[batches] steps must be a number of logical batches but is {steps}")
+        arrays = tuple(data) if isinstance(data, (tuple, list)) else (data,)
         source = Source(
-            tuple(data) if isinstance(data, (tuple, list)) else (data,),
-            self.dataset_size,
+            arrays,
+            self._take_shard(arrays, units) if self._ranks else self.dataset_size,
             units,
             max_rows_per_unit,
             unit_reduction,
@@ -344,6 +360,8 @@ class PrivacyEngine:
         )
         size = source.default_microbatch_size(self._sampler) if microbatch_size is None else microbatch_size
         if max_memory is not None:
+            if self._ranks:
+                raise ValueError("[batches] max_memory must be None with several ranks but is given")
             if microbatch_size is not None or training is None:
                 raise ValueError(
                     "[batches] max_memory must come with training=(model, optimizer, loss_fn) and without "
@@ -481,8 +499,9 @@ class PrivacyEngine:
             >>> path = os.path.join(tempfile.mkdtemp(), "engine.json")
             >>> bw.PrivacyEngine(100, batch_size=10, noise_multiplier=1.0, max_grad_norm=1.0).save_state(path)
         """
-        found = self.max_grad_norm if self._clipping.quantile else None
-        self._up_to_date_books().save(path, self.dataset_size, found)
+        if self._keeps_books:
+            found = self.max_grad_norm if self._clipping.quantile else None
+            self._up_to_date_books().save(path, self.dataset_size, found)
 
     def load_state(self, path: str | os.PathLike[str]) -> None:
         """Continue the budget of a saved state, under this engine's own fresh noise key.
@@ -508,7 +527,10 @@ class PrivacyEngine:
             >>> engine.steps
             0
         """
-        found = self._up_to_date_books().load(path, self.dataset_size)
+        found = self._up_to_date_books().load(path, self.dataset_size) if self._keeps_books else None
+        if self._ranks:
+            found = self._ranks.from_first(found)
+        self._follow_first_rank()
         self.state["steps"] = mx.array(self._books.steps, mx.uint32)
         if found is not None and self._clipping.quantile:
             self.state["max_grad_norm"] = mx.array(found)
@@ -533,7 +555,8 @@ class PrivacyEngine:
         the same; sums are compared at ``max_grad_norm`` and where every example is clipped. Then steps of zero
         gradients are rehearsed under keys of their own, eagerly and compiled: the noise of every parameter must have
         its standard deviation, be independent between steps, parameters and engines, and never repeat. Dropout is off
-        meanwhile, and nothing is spent. Takes about B + 3 passes more than a step: give it a small batch.
+        meanwhile, and nothing is spent. Takes about B + 3 passes more than a step: give it a small batch. With several
+        ranks all call it, with as many parameters: shares that are not independent change the standard deviation.
 
         Args:
             model: the model.
@@ -615,12 +638,30 @@ class PrivacyEngine:
             self._books.steps = int(self.state["steps"].item())
         return self._books
 
+    @property
+    def _keeps_books(self) -> bool:
+        """Whether this process reads and writes files: the first rank, which no step happens without."""
+        return self._ranks is None or self._ranks.rank == 0
+
+    def _follow_first_rank(self) -> None:
+        if self._ranks:
+            self._books.follow(self._ranks.from_first(self._books.spent()))
+
     def _advance(self) -> None:
         if self._books.advance():
             set_scale(self.state, self.event, self._clipping)
 
     def _release(self, gradients: ClippedGradients) -> dict[str, mx.array] | None:
         return release(self, gradients)
+
+    def _take_shard(self, arrays: tuple[Any, ...], units: Any) -> int:
+        """Number of this rank's units; the sampler is made for them."""
+        ranks = cast(Ranks, self._ranks)
+        size = len(arrays[0]) if units is None else len(np.unique(np.array(units)))
+        ranks.check_shards(size, self.dataset_size)
+        if size != self._sampler.size:
+            self._sampler = make_sampler(ranks.local_sampling(self.event.sampling, size, self.dataset_size), size)
+        return size
 
     def _sampling_words(self, n: int) -> mx.array:
         self._books.refuse_fork()

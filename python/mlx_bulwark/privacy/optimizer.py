@@ -82,11 +82,13 @@ class PrivateOptimizer:
                 f"[update] gradients must be ClippedGradients from engine.value_and_grad but is "
                 f"{type(gradients).__name__}; other gradients carry no guarantee"
             )
-        noisy = self._engine._release(gradients)
-        if noisy is None:
-            return
+        mean = self._engine._release(gradients)
+        if mean is not None:
+            self._apply(model, mean)
+
+    def _apply(self, model: nn.Module, mean: dict[str, mx.array]) -> None:
         dtypes = {path: p.dtype for path, p in named_arrays(model.trainable_parameters())}
-        self.optimizer.update(model, tree_unflatten([(path, g.astype(dtypes[path])) for path, g in noisy.items()]))
+        self.optimizer.update(model, tree_unflatten([(path, g.astype(dtypes[path])) for path, g in mean.items()]))
 
     @property
     def state(self) -> Any:

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from .banded import strategy
 from .clipping import AdaptiveClipping, Clipping, ClippingMode, make_clipping
@@ -53,6 +53,10 @@ class Plan:
             )
         self.clipping.noise_ratio(sigma)
         return Event(self.sampling, self.mechanism(float(sigma), float(norm)))
+
+    def outline(self) -> list[Any]:
+        """Return what tells this plan from others; of a schedule, its first steps."""
+        return [self.sampling, self.clipping, *(self.event_at(n) for n in range(64 if self.scheduled else 1))]
 
     def runs(self, first: int, count: int, session: int = 0) -> list[Run]:
         """Return a number of steps after the first ones as runs."""

@@ -1,7 +1,7 @@
 """One step of an engine: clipped gradients, the charge, the noise, the update; eager and compiled."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,7 +10,9 @@ import numpy as np
 from ..ops.noise import add_gaussian, advance_counter, blocks_used
 from .banded import add_banded, taps
 from .batches import Batch, UnitReduction
+from .books import Books
 from .clipping import QUANTILE
+from .distributed import Ranks
 from .events import Banded, CyclicPoisson, Shuffle
 from .gradients import LossFunction, batch_size_of, clipped_sums, to_mlx
 from .optimizer import ClippedGradients, PrivateOptimizer
@@ -26,6 +28,8 @@ Rows = tuple[list[mx.array], mx.array, mx.array | None]  # data, mask, units
 
 def private_value_and_grad(engine: "PrivacyEngine", model: nn.Module, loss_fn: LossFunction) -> LossAndGrad:
     """See `PrivacyEngine.value_and_grad`."""
+    if engine._ranks:
+        engine._ranks.align(model)
     plans: dict[Any, list[Planned]] = {}
 
     def loss_and_grad(
@@ -116,10 +120,19 @@ def release(engine: "PrivacyEngine", gradients: ClippedGradients) -> dict[str, m
         sums, engine._accumulated = add(sums, engine._accumulated), {}
     counter = _charge(engine, blocks_used(sums), traced)
     noisy = _noised(engine, sums, counter, traced)
-    if engine._clipping.quantile:
-        engine._clipping.quantile.move(engine.state, noisy.pop(QUANTILE))
+    if engine._ranks:
+        noisy = engine._ranks.add_up(noisy)
+        if not traced:
+            engine._ranks.wait(noisy)
+    mean = _mean(engine, noisy)
     if not traced:
         engine._advance()
+    return mean
+
+
+def _mean(engine: "PrivacyEngine", noisy: dict[str, mx.array]) -> dict[str, mx.array]:
+    if engine._clipping.quantile:
+        engine._clipping.quantile.move(engine.state, noisy.pop(QUANTILE))
     return {path: g / engine.expected_batch_size for path, g in noisy.items()}
 
 
@@ -133,6 +146,14 @@ def spend(engine: "PrivacyEngine", gradients: ClippedGradients) -> dict[str, mx.
     return sums
 
 
+def _admit(engine: "PrivacyEngine") -> Books:
+    if engine._ranks:
+        engine._ranks.refuse_lost()
+    books = engine._up_to_date_books()
+    books.admit()
+    return books
+
+
 def _charge(engine: "PrivacyEngine", blocks: int, traced: bool) -> mx.array:
     """Count one step and reserve its noise blocks; return the counter of the first."""
     noise = engine.state["noise"]
@@ -143,8 +164,7 @@ def _charge(engine: "PrivacyEngine", blocks: int, traced: bool) -> mx.array:
             "get the same noise; see engine.compiled_step"
         )
     if not traced:
-        books = engine._up_to_date_books()
-        books.admit()
+        books = _admit(engine)
         books.charge()
     elif not engine._tracing:
         books = engine._books
@@ -166,6 +186,8 @@ def _noised(engine: "PrivacyEngine", sums: dict[str, mx.array], counter: mx.arra
     if engine.event.mechanism.noise_multiplier == 0:
         return sums
     std, key = engine.state["noise_std"], engine.state["noise"]["key"]
+    if engine._ranks:
+        std = engine._ranks.share(std)
     mechanism = engine.event.mechanism
     if isinstance(mechanism, Banded):
         books, steps = engine._books, engine.state["steps"]
@@ -190,6 +212,10 @@ def _accumulate(engine: "PrivacyEngine", sums: dict[str, mx.array]) -> None:
     mx.eval(engine._accumulated)
 
 
+def _rows(batch: Batch) -> Rows:
+    return list(batch.data), batch.mask, batch.units
+
+
 def add(sums: dict[str, mx.array], accumulated: dict[str, mx.array]) -> dict[str, mx.array]:
     """Sums of two pieces of a logical batch."""
     return {path: s + accumulated[path] for path, s in sums.items()} if accumulated else sums
@@ -199,6 +225,8 @@ def compiled_step(
     engine: "PrivacyEngine", model: nn.Module, optimizer: PrivateOptimizer, loss_fn: LossFunction
 ) -> Callable[[Batch], mx.array]:
     """See `PrivacyEngine.compiled_step`."""
+    if engine._ranks:
+        engine._ranks.align(model)
     plans: dict[Any, list[Planned]] = {}
     optimizer.init(model.trainable_parameters())
     state = [model.state, optimizer.state, engine.state, mx.random.state]
@@ -220,23 +248,51 @@ def compiled_step(
             engine._tracing = False
         return losses
 
+    # With other ranks a step is two functions, and Python waits between them: what fails there fails before the model
+    # is touched.
+    def share(
+        rows: Rows, reduction: UnitReduction, accumulated: dict[str, mx.array]
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        losses, gradients = gradients_of(rows, reduction)
+        sums = add(spend(engine, gradients), accumulated)
+        engine._tracing = True
+        try:
+            counter = _charge(engine, blocks_used(sums), traced=True)
+        finally:
+            engine._tracing = False
+        return losses, _noised(engine, sums, counter, True)
+
+    def apply(noisy: dict[str, mx.array]) -> None:
+        optimizer._apply(model, _mean(engine, noisy))
+
     # Of the engine's state a piece needs the clipping norm: with the key and the counter it has nothing to do.
     compiled_piece = mx.compile(piece, inputs=[model.state, engine.state, mx.random.state], outputs=[mx.random.state])
     compiled_end = mx.compile(end, inputs=state, outputs=state)
+    engine_state = [engine.state, mx.random.state]
+    compiled_share = mx.compile(share, inputs=[model.state, *engine_state], outputs=engine_state)
+    compiled_apply = mx.compile(apply, inputs=state, outputs=state)
+
+    def end_with_others(rows: Rows, reduction: UnitReduction, accumulated: dict[str, mx.array]) -> mx.array:
+        losses: mx.array
+        losses, noisy = compiled_share(rows, reduction, accumulated)
+        ranks = cast(Ranks, engine._ranks)
+        total = ranks.add_up(noisy)
+        ranks.wait(total, engine_state)
+        compiled_apply(total)
+        return losses
 
     def run(batch: Batch) -> mx.array:
-        books = engine._up_to_date_books()
-        books.admit()
+        books = _admit(engine)
         _refuse_out_of_order(engine, batch.step)
         losses: mx.array
-        rows: Rows = (list(batch.data), batch.mask, batch.units)
         if batch.last:
             books.charge()
-            losses = compiled_end(rows, batch.unit_reduction, engine._accumulated)
+            end_of_batch = end_with_others if engine._ranks else compiled_end
+            losses = end_of_batch(_rows(batch), batch.unit_reduction, engine._accumulated)
             engine._accumulated = {}
             engine._advance()
         else:
-            losses, sums = compiled_piece(rows, batch.unit_reduction)
+            losses, sums = compiled_piece(_rows(batch), batch.unit_reduction)
             _accumulate(engine, sums)
         return losses
 

@@ -1,0 +1,192 @@
+"""Several real processes on the loopback interface, by MLX's ring."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import mlx_bulwark as bw
+import numpy as np
+import pytest
+import ranks
+from scipy import stats
+
+SCRIPT = Path(__file__).with_name("ranks.py")
+
+
+def start(scenario, folder, size):
+    """Start the processes of a scenario."""
+    sockets = [socket.socket() for _ in range(size)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]))
+    for s in sockets:
+        s.close()
+    return [
+        subprocess.Popen(
+            [sys.executable, SCRIPT, scenario, folder],
+            env={**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+
+
+def finish(processes, seconds=120):
+    """Exit codes and outputs; whoever is left is killed."""
+    until = time.monotonic() + seconds
+    try:
+        return [(p.wait(max(0.1, until - time.monotonic())), p.stdout.read()) for p in processes]
+    finally:
+        end(processes)
+
+
+def end(processes):
+    for p in processes:
+        p.kill()
+        p.wait()
+        p.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory):
+    """What each rank of a run found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for code, output in finish(start("figures", folder, 2)):
+        assert code == 0, output
+    names = ("without_noise", "with_noise", "counted", "refusals", "checked", "resumed")
+    return {n: [dict(np.load(folder / f"{n}{r}.npz")) for r in range(2)] for n in names}
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    return ranks.without_noise()
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("name", ranks.WITHOUT_NOISE)
+def test_without_noise_ranks_equal_one_process(figures, one_process, name, compiled):
+    for found in figures["without_noise"]:
+        # Adam divides by the root of tiny second moments: rounding of the sums is magnified
+        np.testing.assert_allclose(found[f"{name} {compiled}"], one_process[f"{name} {compiled}"], atol=2e-5)
+        np.testing.assert_allclose(found[f"{name} {compiled} norm"], one_process[f"{name} {compiled} norm"], rtol=1e-6)
+        first = figures["without_noise"][0]
+        np.testing.assert_array_equal(found[f"{name} {compiled}"], first[f"{name} {compiled}"])
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_variance_of_all_ranks_is_the_accounted_one(figures, compiled):
+    # chi-square of 90,300 values: a false alarm once in a million
+    moves = [found[f"moves {compiled}"] for found in figures["with_noise"]]
+    for other in moves[1:]:
+        np.testing.assert_array_equal(moves[0], other)
+    z = moves[0] / (3.0 * 0.2 / (0.5 * ranks.N))
+    low, high = stats.chi2.interval(1 - 1e-6, z.size)
+    assert low < (z.astype(np.float64) ** 2).sum() < high
+
+
+def test_what_leaves_a_rank_is_noised_by_its_own_share(figures):
+    # 180,600 values a rank; false alarms: once in a million each
+    sent = [
+        found["sent"].astype(np.float64) / (3.0 * 0.2 / math.sqrt(len(figures["with_noise"])))
+        for found in figures["with_noise"]
+    ]
+    for z in sent:
+        assert z.shape == (6, 30_100)
+        low, high = stats.chi2.interval(1 - 1e-6, z.size)
+        assert low < (z**2).sum() < high
+    everything = np.stack([z.ravel() for z in sent])
+    correlation = np.corrcoef(everything) - np.eye(len(sent))
+    assert np.abs(correlation).max() * math.sqrt(everything.shape[1]) < 5
+
+
+def test_steps_are_counted_once(figures):
+    assert [int(found["steps"]) for found in figures["with_noise"]] == [6, 6]
+
+
+def test_examples_of_all_shards_take_part_as_accounted(figures):
+    for other in figures["counted"][1:]:
+        for name, counts in figures["counted"][0].items():
+            np.testing.assert_array_equal(counts, other[name])
+    counts = figures["counted"][0]
+    assert set(np.unique(counts["poisson"])) == {0, 1}
+    # 8 steps of 48 coins: 6 standard deviations, a false alarm once in 500 million
+    for name, expected in (("poisson", 0.3), ("cyclic_poisson", 0.25)):
+        assert abs(counts[name].mean() - expected) < 6 * math.sqrt(expected / counts[name].size)
+    for group in counts["cyclic_poisson"].T:  # all steps of an example are of one group
+        assert len({step % 4 for step in np.flatnonzero(group)}) <= 1
+    for epoch in counts["shuffle"].reshape(2, 6, 48):
+        np.testing.assert_array_equal(epoch.sum(0), 1)
+        np.testing.assert_array_equal(epoch.sum(1), 8)
+
+
+def test_refusals_come_on_all_ranks(figures):
+    for found in figures["refusals"]:
+        settings, full, empty, shapes, frozen, shuffled = found["messages"]
+        assert settings.startswith("PrivacyError [distributed] settings must be the same on all ranks but rank 1")
+        assert full.startswith("ValueError [batches] data must be this rank's shard")
+        assert empty.startswith("ValueError [batches] data must be this rank's shard")
+        assert shapes.startswith("PrivacyError [distributed] shapes of the parameters, and frozen parameters must be")
+        assert frozen.startswith("PrivacyError [distributed] shapes of the parameters, and frozen parameters must be")
+        assert shuffled.startswith("ValueError [batches] batch_size and dataset_size must be multiples")
+
+
+def test_check_finds_noise_that_ranks_share(figures):
+    # engine.check raises a false alarm once in a million calls
+    for found in figures["checked"]:
+        sound, same_keys = found["messages"]
+        assert sound == "sound"
+        assert "accounted standard deviation" in same_keys
+        assert "1.4" in same_keys
+
+
+def test_books_are_the_first_rank_s_and_all_ranks_continue_them(figures):
+    first, second = figures["resumed"]
+    np.testing.assert_array_equal(first["spent"], second["spent"])
+    steps, epsilon = first["spent"][::2], first["spent"][1::2]
+    np.testing.assert_array_equal(steps, [ranks.STEPS, 2 * ranks.STEPS] * 2)
+    expected = [bw.compute_epsilon(3.0, 1.0, n, 1e-5) for n in (ranks.STEPS, 2 * ranks.STEPS)]
+    np.testing.assert_allclose(epsilon, expected * 2, rtol=1e-9)
+    assert list(first["files"]) == ["ledger.jsonl", "state.json"]
+    assert list(second["files"]) == []
+
+
+@pytest.mark.parametrize("scenario", ["exits", "exits_compiled"])
+def test_a_rank_that_dies_ends_the_others_with_an_error(tmp_path, scenario):
+    (code, output), (killed, _) = finish(start(scenario, tmp_path, 2))
+    assert killed == -signal.SIGKILL
+    assert code == 0, output
+    seen = json.loads((tmp_path / "seen0.json").read_text())
+    assert "all 2 ranks must take part in every step but one was lost, says rank 0" in seen["error"]
+    assert seen["steps"] == 3  # charged, though its update was not made
+    assert seen["kept"]
+    assert "ranks must all be there but one was lost" in seen["again"]
+    assert seen["steps_then"] == 3
+    ledger = tmp_path / "ledger.jsonl"
+    assert ledger.read_text().count("noise_multiplier") == 3
+    assert bw.ledger_epsilon(ledger, 1e-5) == pytest.approx(seen["epsilon"], rel=1e-12)
+
+
+def test_a_rank_that_hangs_ends_the_others_after_the_timeout(tmp_path):
+    waiting, stopped = start("stops", tmp_path, 2)
+    try:
+        assert waiting.wait(60) == 1
+        assert "rank 0 has waited 4 seconds for the 1 others" in waiting.stdout.read()
+        assert (tmp_path / "ledger.jsonl").read_text().count("noise_multiplier") == 3
+        assert stopped.poll() is None
+    finally:
+        end([waiting, stopped])
+
+
+def test_a_group_of_one_is_no_group():
+    engine = bw.PrivacyEngine(8, sampling="full", noise_multiplier=1.0, max_grad_norm=1.0, group=mx.distributed.init())
+    assert engine._ranks is None
