@@ -74,7 +74,7 @@ def test_a_step_that_is_no_line_is_measured_until_it_fits():
 
     e, model, optimizer, x = make()
     batches = e.batches(x, steps=1, max_memory=5 * 2**20, training=(model, optimizer, jumping))
-    assert 20 < batches.microbatch_size <= 40
+    assert 35 <= batches.microbatch_size <= 40
 
 
 def test_trial_steps_leave_no_trace():

@@ -31,33 +31,34 @@ def find_microbatch_size(
 ) -> int:
     """Largest number of rows, at most ``most``, whose step's peak of MLX memory stays within ``max_memory``.
 
-    The peaks of two small sizes give a line; the size that it promises is then measured too, and made smaller until
-    its own peak stays within.
+    The peaks of two small sizes give a line, and the size that it promises is tried. Where its peak is too high after
+    all, halving finds a size that stays within, to an eighth.
     """
 
     def peak(size: int) -> int:
         return peak_of_step(engine, model, optimizer, loss_fn, source.trial_batch(size))
 
     unit_rows = source.rows_per_unit
-    sizes = [min(most, unit_rows * k) for k in (_FIRST, _SECOND)]
-    low, high = ((size, peak(size)) for size in sizes)
-    size, measured = most, high
-    while True:
-        row = max(1.0, (measured[1] - low[1]) / max(1, measured[0] - low[0]))
-        size = min(size, int(low[0] + (max_memory - low[1]) / row))
-        if size < unit_rows:
-            raise ValueError(
-                f"[batches] max_memory must hold a step of {unit_rows} rows, about "
-                f"{int(low[1] + (unit_rows - low[0]) * row)} bytes, but is {max_memory}"
-            )
-        measured = (size, peak(size))
-        if measured[1] <= max_memory:
-            print(
-                f"microbatch_size {size}: peak of {measured[1] / 2**20:.1f} MiB within {max_memory / 2**20:.1f} MiB "
-                f"({row / 2**10:.1f} KiB a row, from {sizes[0]} and {sizes[1]} rows)"
-            )
-            return size
-        size -= 1
+    (small, low), (large, high) = ((size, peak(size)) for size in (min(most, unit_rows * k) for k in (_FIRST, _SECOND)))
+    row = max(1.0, (high - low) / max(1, large - small))
+    size = min(most, int(small + (max_memory - low) / row))
+    fits, fails, reached = 0, size + 1, 0
+    while fails - fits > max(1, fits // 8) and size >= unit_rows:
+        if (found := peak(size)) <= max_memory:
+            fits, reached = size, found
+        else:
+            fails = size
+        size = (fits + fails) // 2
+    if fits < unit_rows:
+        raise ValueError(
+            f"[batches] max_memory must hold a step of {unit_rows} rows, about {int(low + (unit_rows - small) * row)} "
+            f"bytes, but is {max_memory}"
+        )
+    print(
+        f"microbatch_size {fits}: peak of {reached / 2**20:.1f} MiB within {max_memory / 2**20:.1f} MiB "
+        f"({row / 2**10:.1f} KiB a row, from {small} and {large} rows)"
+    )
+    return fits
 
 
 def peak_of_step(
