@@ -37,11 +37,13 @@ from .privacy import (
     PrivacyError,
     PrivateOptimizer,
     Sensitivity,
+    TokenRows,
     ValidationReport,
     compute_epsilon,
     find_noise_multiplier,
     find_steps,
     ledger_epsilon,
+    token_loss,
 )
 
 __all__ = [
@@ -59,6 +61,7 @@ __all__ = [
     "PrivacyError",
     "PrivateOptimizer",
     "Sensitivity",
+    "TokenRows",
     "ValidationReport",
     "add_gaussian",
     "advance_counter",
@@ -86,6 +89,7 @@ __all__ = [
     "random_bits",
     "random_key",
     "sample_sq_norms",
+    "token_loss",
 ]
 __version__ = "0.1.0"
 

@@ -196,7 +196,37 @@ def _app() -> "typer.Typer":
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
 
+    @app.command(
+        help="Fine-tune a model of mlx-lm with differential privacy; options as of mlx_lm.lora.",
+        add_help_option=False,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    )
+    def dp_lora(context: typer.Context) -> None:
+        _require("lm", "mlx_lm", "transformers", "yaml")
+        try:
+            sys.exit(_dp_lora(context.args))
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+
     return app
+
+
+def _dp_lora(arguments: list[str]) -> int:
+    from .lora import SettingError, guarantee, parse, train
+
+    try:
+        settings, json = parse(arguments)
+        figures = train(settings, say=lambda line: print(line, flush=True))
+    except SettingError as e:
+        _fail(str(e), code=2)
+    except OSError as e:
+        _fail(f"{e.filename} cannot be written: {e.strerror}", code=1)
+    print(f"{'interrupted: ' if figures.interrupted else ''}{guarantee(figures)}")
+    print(f"adapters   {figures.adapter_path}")
+    if json is not None:
+        figures.write_json(json)
+        print(f"figures    {json}")
+    return INTERRUPTED if figures.interrupted else 0
 
 
 def _script(path: Path) -> list[Any]:

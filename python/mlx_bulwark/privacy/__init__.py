@@ -7,6 +7,7 @@ from .batches import Batch, Batches
 from .check import CheckReport
 from .clipping import AdaptiveClipping, Sensitivity
 from .engine import PrivacyEngine
+from .language_models import TokenRows, token_loss
 from .ledger import ledger_epsilon
 from .one_run import GuessBound, one_run_epsilon
 from .optimizer import ClippedGradients, PrivateOptimizer
@@ -29,6 +30,7 @@ __all__ = [
     "PrivacyError",
     "PrivateOptimizer",
     "Sensitivity",
+    "TokenRows",
     "ValidationReport",
     "audit_engine",
     "audit_privacy",
@@ -38,4 +40,5 @@ __all__ = [
     "ledger_epsilon",
     "one_run_epsilon",
     "schedules",
+    "token_loss",
 ]
