@@ -4,10 +4,13 @@ Least: every byte of the buffers that the host binds, once. Requested: what the 
 memory, a few words that all threads share. Times are predicted, not measured: the requested bytes over the bandwidth
 that is published for a chip.
 
-Lines of 64 bytes are counted an access of a simdgroup. Rows of odd length start anywhere in a line, so that 32 lanes that
-load four values each touch one line more than they fill: 9 for 8 in float32, 5 for 4 in 16 bits, which is what
-`lines_over_least` shows for them. The next simdgroup finds the shared line in the cache. Loads that begin on lines would
-add a sample's squares in an order that depends on where in the batch it stands, and its norm must not.
+Lines of 64 bytes are counted an access of a simdgroup. Rows of odd length start anywhere in a line, so that 32 lanes
+that load four values each touch one line more than they fill: 9 for 8 in float32, 5 for 4 in 16 bits, which is what
+`lines_over_least` shows for them. The next simdgroup finds the shared line in the cache. Loads that begin on lines
+would add a sample's squares in an order that depends on where in the batch it stands, and its norm must not.
+
+A product of matrices reads its inputs many times. What its kernels request stands beside what tiles of 32 x 32 would,
+as 32 KiB of threadgroup memory allow them: `tiled`, from shapes alone.
 """
 
 import math
@@ -43,6 +46,44 @@ def normals(shape, dtype=mx.float32):
     return mx.array(np.random.default_rng(0).standard_normal(shape).astype(np.float32)).astype(dtype)
 
 
+def spans(n, tile=32):
+    return [min(tile, n - at) for at in range(0, n, tile)]
+
+
+def tiled_gram(batch, rows, d, p, item):
+    """Bytes that a Gram norm moves in tiles of 32 x 32 rows: both tiles' rows of x and dy, on the diagonal once."""
+    tiles = spans(rows)
+    loaded = sum(a + (b if j < i else 0) for i, a in enumerate(tiles) for j, b in enumerate(tiles[: i + 1]))
+    return batch * (loaded * (d + p) * item + 4)
+
+
+def tiled_direct(batch, rows, d, p, item):
+    """Bytes that the norm of a gradient moves in tiles of 32 x 32 of its values: their columns of x and dy."""
+    return batch * (sum(rows * (a + b) * item for a in spans(p) for b in spans(d)) + 4)
+
+
+def ghost_cases():
+    """Names, what runs, and the bytes that a tiling of 32 x 32 moves."""
+    for (batch, rows, d, p), dtype in (
+        ((8, 96, 128, 60), mx.float32),
+        ((26, 256, 33, 31), mx.float32),
+        ((26, 250, 40, 40), mx.bfloat16),
+        ((3, 31, 300, 301), mx.float16),
+    ):
+        x, dy = normals((batch, rows, d), dtype), normals((batch, rows, p), dtype)
+        name = f"{batch}x{rows}x{d}x{p}" + ("" if dtype == mx.float32 else f"_{str(dtype).rpartition('.')[2]}")
+        shape = batch, rows, d, p, dtype.size
+        yield f"ghost.gram.{name}", lambda x=x, dy=dy: [bw.linear_sq_norms(x, dy, method="gram")], tiled_gram(*shape)
+        direct = tiled_direct(*shape)
+        yield f"ghost.direct.{name}", lambda x=x, dy=dy: [bw.linear_sq_norms(x, dy, method="direct")], direct
+    for rows in (1, 100):
+        tokens, dy = mx.array(np.random.default_rng(0).integers(0, 50, (8, rows))), normals((8, rows, 64))
+        tiled = tiled_gram(8, rows, 1, 64, 4)  # a token is as large as a column
+        yield f"ghost.embedding.8x{rows}x64", lambda t=tokens, dy=dy: [bw.embedding_sq_norms(t, dy)], tiled
+    x, dy = normals((256, 300)), normals((256, 201))
+    yield "ghost.outer.256x1x300x201", lambda: [bw.linear_sq_norms(x, dy)], None
+
+
 def cases():
     """Names, and what runs."""
     for n in (1000, 32_000, 400_003):
@@ -57,6 +98,7 @@ def cases():
             yield f"clip.clip_and_sum.{name}", lambda x=x: [bw.clip_and_sum(x, 1.0, sigma=1.0, key=KEY, counter=0)[0]]
     leaves = [normals((8, n), mx.bfloat16) for n in (70_001, 257, 20_000, 64, 9, 40_004, 1, 3000, 30_011)]
     yield "clip.clip_and_sum.9_leaves_bfloat16", lambda: bw.clip_and_sum(leaves, 1.0)[0]
+    yield from ghost_cases()
 
 
 def agree(a, b):
@@ -69,7 +111,7 @@ def run(bench):
         return
     _native.connect(sim)
     try:
-        for case, op in cases():
+        for case, op, *tiled in cases():
             _native.use("native")
             expected = op()
             _native.use("metal-sim")
@@ -77,12 +119,12 @@ def run(bench):
             mx.eval(expected, got)
             calls = sim.calls
             bench.check(case, lambda a=got, b=expected, calls=calls: agree(a, b) and not any(c.reports for c in calls))
-            rows(bench, case, calls)
+            rows(bench, case, calls, *tiled)
     finally:
         _native.use_from_environment()
 
 
-def rows(bench, case, calls):
+def rows(bench, case, calls, tiled=None):
     buffers = [b for c in calls for b in c.buffers.values() if b["space"] == "device" and b["read"] + b["written"]]
     requested = sum(b["read"] + b["written"] for b in buffers)
     unique = sum(b["unique_read"] + b["unique_written"] for b in buffers)
@@ -90,6 +132,10 @@ def rows(bench, case, calls):
     lines = sum(b["lines_read"] + b["lines_written"] for b in buffers)
     accesses = sum(b["accesses_read"] + b["accesses_written"] for b in buffers)
     bench.row(f"{case}/requested_over_least", requested / least, "x", better="lower")
+    if tiled:
+        bench.row(f"{case}/requested", requested, "bytes", better="lower")
+        bench.row(f"{case}/tiled", tiled, "bytes", better="lower")
+        bench.row(f"{case}/requested_over_tiled", requested / tiled, "x", better="lower")
     bench.row(f"{case}/unique_over_least", unique / least, "x", better="lower")
     bench.row(f"{case}/least", least, "bytes", better="lower")
     bench.row(f"{case}/lines_over_least", lines / math.ceil(least / LINE), "x", better="lower")

@@ -74,7 +74,7 @@ NB_MODULE(_ext, m) {
   m.def("on_metal", [](mx::StreamOrDevice s) { return on_metal(mx::to_stream(s)); }, "stream"_a = nb::none());
   m.def("sources", [] {
     std::vector<std::tuple<std::string, std::string, std::string>> all;
-    for (auto* s : {&noise_source, &clip_source}) all.emplace_back(s->name, s->text, s->hash);
+    for (auto* s : {&noise_source, &clip_source, &ghost_source}) all.emplace_back(s->name, s->text, s->hash);
     return all;
   });
 #ifndef __APPLE__

@@ -323,12 +323,20 @@ SEGMENTS: dict[str, Any] = {"segments": mx.array([0, 1, 0, 2, 1]), "num_segments
 FACTORS = mx.array([1.0, 0.0, 0.5, 0.25, 2.0])
 
 
+def _rows(dtype: mx.Dtype, *shapes: Sequence[int]) -> list[mx.array]:
+    return [_normals(shape, dtype) for shape in shapes]
+
+
 @_op
 def _linear_sq_norms() -> Iterator[Case]:
     for dtype in TOLERANCES:
         for method in ("gram", "direct"):
             run = partial(ghost.linear_sq_norms, *_layer(dtype), bias=True, method=method, **SEGMENTS)
             yield Case(f"{_name(dtype)}, {method}", run)
+        yield Case(f"{_name(dtype)}, one row", partial(ghost.linear_sq_norms, *_rows(dtype, (33, 31), (33, 8))))
+        for method, sides in {"gram": ((86, 65, 3), (86, 65, 2)), "direct": ((256, 2, 33), (256, 2, 34))}.items():
+            run = partial(ghost.linear_sq_norms, *_rows(dtype, *sides), method=method)
+            yield Case(f"{_name(dtype)}, {method}, many", run)
 
 
 @_op

@@ -31,20 +31,41 @@ def clipped(leaves):
     yield from bw.clipped_sum(leaves, found.factors, 0.5, KEY, 7)
 
 
-def everything():
-    """All kernels, on leaves that take each of their ways: short and long samples, more of them than a block or a
-    threadgroup has, columns of several threadgroups, more leaves than a call has."""
+def clip():
+    """Short and long samples, more of them than a block or a threadgroup has, columns of several threadgroups, more
+    leaves than a call has."""
     yield from clipped([rand((300, 7)), rand((300, 8), mx.float16, 1)])
     yield from clipped([rand((20, 700)), rand((20, 601), mx.bfloat16, 1)])
     yield from clipped([rand((3, 5000), mx.bfloat16, 2), rand((3, 4099))])
     yield from clipped([rand((500, i + 1), seed=i) for i in range(10)])
+
+
+def noise():
     yield from bw.add_gaussian([rand((5, 7)), rand((700,), mx.float16)], 0.5, KEY, 7)
     yield bw.gaussian((700,), 1.0, KEY, 9)
     yield bw.random_bits((777,), KEY, 9, domain="test")
 
 
-def results():
-    out = list(everything())
+def ghost():
+    """Tiles of both sizes, on the diagonal and beside it, several of a unit in a threadgroup, rows left out."""
+    x, dy, ids = rand((3, 70, 40)), rand((3, 70, 35), seed=1), mx.array([1, 0, 1])
+    mask = mx.array(np.arange(210).reshape(3, 70) % 5 != 2)
+    for method in ("gram", "direct"):
+        yield bw.linear_sq_norms(x, dy, bias=True, mask=mask, method=method)
+        yield bw.linear_sq_norms(x, dy, segments=ids, num_segments=3, method=method)
+    yield bw.linear_sq_norms(rand((86, 65, 3), mx.float16), rand((86, 65, 34), mx.float16, 1), method="gram")
+    yield bw.linear_sq_norms(rand((260, 2, 33), mx.bfloat16), rand((260, 2, 33), mx.bfloat16, 1), method="direct")
+    yield bw.linear_sq_norms(x[:, 0], dy[:, 0], bias=True)
+    tokens = mx.array(np.random.default_rng(0).integers(-1, 30, (3, 70)))
+    yield bw.embedding_sq_norms(tokens, dy)
+    yield bw.embedding_sq_norms(mx.arange(210).reshape(3, 70) // 3, dy, segments=ids)  # most tiles have no equal tokens
+
+
+FAMILIES = {"noise": noise, "clip": clip, "ghost": ghost}
+
+
+def results(*families):
+    out = [x for family in families or FAMILIES for x in FAMILIES[family]()]
     mx.eval(out)
     return [np.array(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x).tobytes() for x in out]
 
@@ -54,21 +75,22 @@ def expected():
     from conftest import use_simulator
 
     use_simulator()
-    yield results()
+    yield {family: results(family) for family in FAMILIES}
     _native.use_from_environment()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("order", ORDERS)
-def test_thread_order_changes_nothing(sim, expected, order):
+def test_thread_order_changes_nothing(sim, expected, family, order):
     sim.option("order", ORDERS[order])
-    assert results() == expected
+    assert results(family) == expected[family]
     assert not sim.reports
 
 
 def test_every_kernel_was_run(sim, expected):
     results()
     names = {k for text, _ in SOURCES.values() for k in re.findall(r"\[\[kernel\]\][^;]*?void (\w+)\(", text)}
-    assert names == {re.sub(r"_b?float\d+$", "", call.kernel) for call in sim.calls}
+    assert names == {re.sub(r"(_\d+)?_b?float\d+$", "", call.kernel) for call in sim.calls}
 
 
 @contextmanager
@@ -89,7 +111,7 @@ def mutated(sim, name, change):
 def test_no_barrier_can_be_missed(sim, expected, name, number, order):
     with mutated(sim, name, lambda text: without(text, barriers(text)[number])):
         sim.option("order", ORDERS[order])
-        results()
+        results(name)
         assert any("without a barrier" in report for report in sim.reports)
 
 
@@ -115,17 +137,31 @@ def test_enough_threads_for_every_shape(sim, op, shape):
 
 
 PLANTED = {
-    "past the end": ("n = sample < batch ? min(chunk_size, size - begin) : 0u", "n = chunk_size", "out-of-bounds"),
-    "norm not written": ("if (t == 0u) num_refused[0] = bad;", "", None),
-    "noise not added": ("fma(sigma, z[j], value)", "value", None),
-    "noise of another column": ("what[TILE], column), value)", "what[TILE], column + 1u), value)", None),
-    "a sample forgotten": ("samples = min(tile, end - block)", "samples = max(1u, min(tile, end - block) - 1u)", None),
+    "past the end": (
+        "clip",
+        "n = sample < batch ? min(chunk_size, size - begin) : 0u",
+        "n = chunk_size",
+        "out-of-bounds",
+    ),
+    "norm not written": ("clip", "if (t == 0u) num_refused[0] = bad;", "", None),
+    "noise not added": ("clip", "fma(sigma, z[j], value)", "value", None),
+    "noise of another column": ("clip", "what[TILE], column), value)", "what[TILE], column + 1u), value)", None),
+    "a sample forgotten": (
+        "clip",
+        "samples = min(tile, end - block)",
+        "samples = max(1u, min(tile, end - block) - 1u)",
+        None,
+    ),
+    "bias not counted": ("ghost", "+ float(has_bias), v", ", v", None),
+    "tiles counted once": ("ghost", "row == column ? 1.0f : 2.0f", "row == column ? 1.0f : 1.0f", None),
+    "rows of others": ("ghost", "if (r >= rows) return NOWHERE;", "", "out-of-bounds"),
+    "mask forgotten": ("ghost", "masked && mask[row] == 0u", "false", None),
 }
 
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bugs_are_seen(sim, expected, bug):
-    old, new, says = PLANTED[bug]
-    with mutated(sim, "clip", lambda text: text.replace(old, new)):
-        changed = results() != expected
+    name, old, new, says = PLANTED[bug]
+    with mutated(sim, name, lambda text: text.replace(old, new)):
+        changed = results(name) != expected[name]
         assert changed if says is None else any(says in report for report in sim.reports)

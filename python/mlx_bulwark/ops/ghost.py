@@ -388,6 +388,11 @@ def embedding_sq_norms(
     ids, units = _segments(op, segments, num_segments, dy[0].shape[0], stream)
     if _runs_kernel(stream):
         return _native.ext.embedding_sq_norms(tokens, dy, ids, units, stream)
+    if _runs_metal(stream):
+        with _on(stream):
+            if len(tokens) > 1:
+                tokens, dy = ([a] for a in _joined_lookups(tokens, dy))
+            return _native.ext.embedding_sq_norms(tokens, dy, ids, units, stream)
     with _on(stream):
         return _embedding_sq_norms_reference(tokens, dy, ids, units)
 
@@ -506,8 +511,29 @@ class _Call(NamedTuple):
 
 
 def _runs_kernel(stream: Stream) -> bool:
-    # The family has no Metal kernels yet.
+    # Metal has kernels for the norms; what is more is products, and MLX's own are as good there.
     return _native.runs_native(stream) and not _native.ext.on_metal(stream)
+
+
+def _runs_metal(stream: Stream) -> bool:
+    return _native.runs_native(stream) and bool(_native.ext.on_metal(stream))
+
+
+def _metal_sq_norms(call: _Call, method: str, stream: Stream) -> mx.array:
+    """The kernels take rows as they stand, of one call, one group and one type: all else is gathered before."""
+    batch, groups = call.x[0].shape[0], call.groups
+    with _on(stream):
+        if len(call.x) > 1 or groups > 1 or call.window or call.x[0].dtype != call.dy[0].dtype:
+            u, d = (a.flatten(0, 1) for a in _joined(call))
+            ids = call.segments
+            if ids:
+                valid = (ids[0] >= 0) & (ids[0] < call.units)
+                ids = [mx.where(valid, ids[0] * groups, -groups)[:, None] + mx.arange(groups)]
+                ids = [ids[0].astype(mx.int32).flatten()]
+            units = (call.units if ids else batch) * groups
+            call = call._replace(x=[u], dy=[d], mask=[], segments=ids, units=units, groups=1, window=())
+        norms = _native.ext.ghost_sq_norms(*call[:5], call.bias, 1, [], method, stream)
+        return norms if groups == 1 else norms.reshape(-1, groups).sum(axis=1)
 
 
 def _sq_norms(op: str, call: _Call, method: str, stream: Stream) -> mx.array:
@@ -515,6 +541,8 @@ def _sq_norms(op: str, call: _Call, method: str, stream: Stream) -> mx.array:
         raise ValueError(f"[{op}] method must be one of {', '.join(METHODS)} but is {method!r}")
     if _runs_kernel(stream):
         return _native.ext.ghost_sq_norms(*call[:5], call.bias, call.groups, list(call.window), method, stream)
+    if _runs_metal(stream):
+        return _metal_sq_norms(call, method, stream)
     with _on(stream):
         return _sq_norms_reference(call, method)
 
