@@ -327,6 +327,21 @@ def test_every_layer_under_compile(backend, name):
     np.testing.assert_allclose(numpy64(compiled_norms), numpy64(norms), rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["embedding", "tied table", "lora embedding, tied", "dora embedding, tied"])
+@pytest.mark.parametrize("dtype", [mx.uint8, mx.int16, mx.uint32, mx.int64])
+def test_tokens_of_any_type_and_from_the_end(backend, name, dtype):
+    model, loss_fn, (x, scale) = problem(*MODELS[name][:2], 5)
+    tokens = np.array(x)
+    if dtype in (mx.int16, mx.int64):  # the same row by both of its names in one example
+        table = model if name == "embedding" else getattr(model.table, "embedding", model.table)
+        tokens[:, ::2], tokens[:, 1] = -1, table.weight.shape[0] - 1
+    batch = (mx.array(tokens).astype(dtype), scale)
+    norms, sums, C = one_by_one(model, loss_fn, batch, max_grad_norm=None)
+    ours = clipped_sums(model, loss_fn, batch, None, C, "flat", {})
+    np.testing.assert_allclose(np.sqrt(numpy64(ours.sq_norms)), norms, rtol=1e-4)
+    assert_sums_close(ours.sums, sums, 1e-4)
+
+
 def parts(model, odd):
     """Every second trainable parameter of a model, frozen: the odd ones or the others."""
     paths = [path for path, _ in tree_flatten(model.trainable_parameters())]

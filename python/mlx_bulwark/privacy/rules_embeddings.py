@@ -46,6 +46,14 @@ def lookup_rows(c: Tapped, y: mx.array) -> mx.array:
     return y.reshape(c.x.shape[0], -1, y.shape[-1]).astype(mx.float32)
 
 
+def _from_the_start(tokens: mx.array, num_embeddings: int) -> mx.array:
+    """Tokens without the negative ones, which MLX counts from the end of the table: one row has one number."""
+    if mx.issubdtype(tokens.dtype, mx.unsignedinteger):
+        return tokens
+    tokens = tokens.astype(mx.int32)
+    return mx.where(tokens < 0, tokens + num_embeddings, tokens)
+
+
 def table(
     name: str,
     shape: tuple[int, ...],
@@ -60,6 +68,7 @@ def table(
     if multiplied and not looked_up:
         return product(name, shape, *multiplied)
     assert looked_up
+    looked_up = _from_the_start(looked_up[0], shape[0]), looked_up[1]
 
     def sq_norms(units: mx.array | None) -> mx.array:
         total = embedding_sq_norms(*looked_up, segments=units)
