@@ -152,7 +152,7 @@ def test_calibration():
 @pytest.mark.parametrize("scheme", [Poisson(0.01), Full(), CyclicPoisson(0.01, 3), Shuffle(10, 5)])
 def test_any_other_sampler_gets_the_unamplified_bound(scheme):
     T, c = 20, strategy(4, 20)
-    ((rate, sigma, times),) = Event(scheme, Banded(2.0, 1.0, c)).releases(0, T)
+    ((rate, sigma, times, _),) = Event(scheme, Banded(2.0, 1.0, c)).releases(0, T)
     assert (rate, times) == (1.0, 1)
     C = matrix(c, T)
     rng = np.random.default_rng(0)

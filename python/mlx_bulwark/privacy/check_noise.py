@@ -14,7 +14,8 @@ import numpy as np
 from scipy import stats
 
 from .clipping import QUANTILE
-from .events import Banded
+from .discrete import make_grid
+from .events import Banded, Discrete
 from .optimizer import ClippedGradients
 from .taps import PrivacyError
 
@@ -71,7 +72,7 @@ def check_noise(engine: "PrivacyEngine", leaves: dict[str, Any], steps: int) -> 
             kept.append({"rank": rank, "step": step, **{path: z[:_KEPT] for path, z in noise.items()}})
     for path in leaves:
         tests.squares(squares[path], counts[path], f"have the accounted standard deviation on {path}")
-    _compare_pairs(kept, leaves, tests)
+    _compare_pairs(kept, leaves, tests, _same(engine))
     _compare_leaves(kept, leaves, tests)
     _refuse_repeats(kept, leaves, tests)
     tests.judge()
@@ -90,10 +91,11 @@ def _released(engine: "PrivacyEngine", leaves: dict[str, Any], steps: int) -> It
     mechanism = engine.event.mechanism
     coefficients = mechanism.coefficients if isinstance(mechanism, Banded) else (1.0,)
     compiled = mx.compile(release, inputs=engine.state, outputs=engine.state)
+    discrete = isinstance(mechanism, Discrete)
     for step in range(steps):
-        zeros = {path: mx.zeros(shape) for path, shape in leaves.items()} | counts
+        zeros = {path: mx.zeros(shape, mx.int64 if discrete else mx.float32) for path, shape in leaves.items()} | counts
         unit = ratio * engine.state["max_grad_norm"].item() / engine.expected_batch_size
-        released = (release if step < (steps + 1) // 2 else compiled)(zeros)
+        released = (release if discrete or step < (steps + 1) // 2 else compiled)(zeros)
         whole.append({path: np.array(g).astype(np.float64).ravel() / unit for path, g in released.items()})
         # C times correlated noise is what it was made of, and that is independent
         past = whole[::-1][: len(coefficients)]
@@ -110,7 +112,15 @@ def _projected(z: Any, w: Any) -> float:
     return float(z @ w / norm) if norm else 0.0
 
 
-def _compare_pairs(kept: list[dict[str, Any]], leaves: dict[str, Any], tests: _Tests) -> None:
+def _same(engine: "PrivacyEngine") -> float:
+    mechanism = engine.event.mechanism
+    if not isinstance(mechanism, Discrete):
+        return _SAME
+    grid = make_grid(mechanism.noise_multiplier, mechanism.max_grad_norm)
+    return 1 / math.sqrt(4 * math.pi * grid.m * grid.t)
+
+
+def _compare_pairs(kept: list[dict[str, Any]], leaves: dict[str, Any], tests: _Tests, same: float) -> None:
     """Each leaf, and all together, at any two steps or ranks."""
     for k in kept:
         k[_ALL] = np.concatenate([k[path] for path in leaves])
@@ -121,7 +131,7 @@ def _compare_pairs(kept: list[dict[str, Any]], leaves: dict[str, Any], tests: _T
             if norms[j]:
                 tests.normal(float(z[i] @ z[j] / norms[j]), f"be independent but {path} is not in {_pair(kept, i, j)}")
         equal = sum(int((z[i + 1 :] == z[i]).sum()) for i in range(len(kept)))
-        expected = _SAME * z.shape[1] * len(kept) * (len(kept) - 1) / 2
+        expected = same * z.shape[1] * len(kept) * (len(kept) - 1) / 2
         seen = float(stats.poisson.sf(equal - 1, expected))
         tests.found.append((seen, f"never repeat but {path} has {equal} values in common between steps"))
 

@@ -22,7 +22,7 @@ from .key_file import keep_noise_key
 from .ledger import Ledger
 from .memory import find_microbatch_size
 from .optimizer import ClippedGradients, PrivateOptimizer
-from .plan import NoiseMode, make_plan
+from .plan import NoiseMode, default_accountant, make_plan
 from .sampling import SamplingMode, make_sampler
 from .schedules import Schedule
 from .state import new_state, set_scale
@@ -57,12 +57,14 @@ class PrivacyEngine:
             ``max_grad_norm``, follows a quantile of the norms, found privately.
         noise: ``"gaussian"``: independent from step to step; ``"banded"``: correlated over ``bands`` steps, so that it
             cancels in the sum of the updates (BandMF). That needs ``steps``, keeps noise and clipping norm fixed, and
-            is amplified by sampling only with ``"cyclic_poisson"`` and at most ``cycle_length`` bands.
+            is amplified by sampling only with ``"cyclic_poisson"`` and at most ``cycle_length`` bands. ``"discrete"``:
+            gradients are truncated to an integer grid one by one, summed exactly, and get exact discrete Gaussian
+            noise: no rounding of floats has a part in the guarantee. Much slower, and not compiled.
         bands: of banded noise; default: ``cycle_length``.
         noise_key_file: with banded noise and a ledger, a file for the noise key (mode 0600), so that a resumed run
             goes on with the same noise; keep it apart from the model. Default: the key lives and dies with the engine,
             and a resumed run begins a correlation of its own.
-        accountant: ``"pld"`` or ``"rdp"``.
+        accountant: ``"pld"`` or ``"rdp"``. Default: ``"pld"``; with discrete noise ``"rdp"``, which it needs.
         steps: planned number of steps; an update past it is refused.
         delta: default delta of `epsilon`; well below 1 / dataset_size.
         target_epsilon: budget at ``delta``: an update that would pass it is refused, and nothing is spent by that.
@@ -103,7 +105,7 @@ class PrivacyEngine:
         noise: NoiseMode = "gaussian",
         bands: int | None = None,
         noise_key_file: str | os.PathLike[str] | None = None,
-        accountant: Accountant = "pld",
+        accountant: Accountant | None = None,
         steps: int | None = None,
         delta: float | None = None,
         target_epsilon: float | None = None,
@@ -124,6 +126,7 @@ class PrivacyEngine:
             bands=bands,
             steps=steps,
         )
+        accountant = default_accountant(accountant, noise)
         if accountant not in ("pld", "rdp"):
             raise ValueError(f"[PrivacyEngine] accountant must be 'pld' or 'rdp' but is {accountant!r}")
         if delta is not None:
@@ -137,6 +140,11 @@ class PrivacyEngine:
         self.expected_batch_size = self.sample_rate * dataset_size
         self._clipping = plan.clipping
         self._ranks = make_ranks(group, group_timeout)
+        if self._ranks and noise == "discrete":
+            raise ValueError(
+                "[PrivacyEngine] noise must not be 'discrete' with several ranks but is: a sum of shares is not exactly "
+                "a discrete Gaussian"
+            )
         if self._ranks:
             if noise_key_file is not None:
                 raise ValueError("[PrivacyEngine] noise_key_file must be None with several ranks but is given")
@@ -158,7 +166,7 @@ class PrivacyEngine:
         self._sampler = make_sampler(plan.sampling, dataset_size, None if secrets is None else secrets.partition)
         self._noised: dict[str, tuple[int, ...]] = {}  # shapes that banded noise is made for
         self._unit = "example"
-        self._sampling_counter = 0
+        self._sampling_counter = self._discrete_counter = 0
         self._tracing = False  # a compiled step of the engine's own is being traced
         self._counts_in_graph = False  # a compiled step of the user's own counts steps in the state
         self._accumulated: dict[str, mx.array] = {}
@@ -207,7 +215,7 @@ class PrivacyEngine:
         Source:
             `find_noise_multiplier` and `find_steps`.
         """
-        accountant = settings.get("accountant", "pld")
+        accountant = default_accountant(settings.get("accountant"), settings.get("noise", "gaussian"))
         outside = {"accountant", "target_epsilon", "ledger", "noise_key_file", "group", "group_timeout"}
         kinds: dict[str, Any] = {k: v for k, v in settings.items() if k not in outside}
         if sum(v is not None for v in (steps, epochs, settings.get("noise_multiplier"))) != 1:
@@ -662,6 +670,12 @@ class PrivacyEngine:
         if size != self._sampler.size:
             self._sampler = make_sampler(ranks.local_sampling(self.event.sampling, size, self.dataset_size), size)
         return size
+
+    def _discrete_words(self, n: int) -> Any:
+        self._books.refuse_fork()
+        words = random_bits((2 * n,), self.state["noise"]["key"], self._discrete_counter, domain="discrete")
+        self._discrete_counter += bit_blocks_used((2 * n,))
+        return np.array(words).view(np.uint64)
 
     def _sampling_words(self, n: int) -> mx.array:
         self._books.refuse_fork()

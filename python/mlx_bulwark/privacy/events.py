@@ -112,18 +112,33 @@ class Banded:
         return math.sqrt(pairs)
 
 
+@dataclass(frozen=True)
+class Discrete:
+    """Clipped gradients truncated to integers, summed exactly, with exact discrete Gaussian noise."""
+
+    noise_multiplier: float
+    max_grad_norm: float
+    name: ClassVar[str] = "discrete"
+
+
 Sampling = Poisson | CyclicPoisson | Shuffle | Full
-Mechanism = Gaussian | Banded
+Mechanism = Gaussian | Banded | Discrete
 SAMPLINGS: dict[str, type[Sampling]] = {kind.name: kind for kind in (Poisson, CyclicPoisson, Shuffle, Full)}
-MECHANISMS: dict[str, type[Mechanism]] = {kind.name: kind for kind in (Gaussian, Banded)}
+MECHANISMS: dict[str, type[Mechanism]] = {kind.name: kind for kind in (Gaussian, Banded, Discrete)}
 
 
 class Release(NamedTuple):
-    """``times`` releases of a Gaussian of sensitivity 1; ``sample_rate`` is 1 where nothing is amplified."""
+    """``times`` releases of a Gaussian of sensitivity 1; ``sample_rate`` is 1 where nothing is amplified.
+
+    A ``discrete`` one is concentrated like the Gaussian, and its Renyi divergences of integer orders under Poisson
+    sampling are the same: E[(Q/P)^k] is exp(k (k - 1) |mu|^2 / 2 sigma^2) for shifts by integers too. Of its whole
+    privacy loss distribution that is not true.
+    """
 
     sample_rate: float
     noise_multiplier: float
     times: int
+    discrete: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,7 +195,7 @@ class Event:
             scheme, bands = self.sampling, len(self.mechanism.coefficients)
             if not (isinstance(scheme, CyclicPoisson) and bands <= scheme.cycle_length):
                 return [Release(1.0, self.mechanism.noise_multiplier / self.mechanism.sensitivity(times), 1)]
-        return [Release(rate, self.mechanism.noise_multiplier, times)]
+        return [Release(rate, self.mechanism.noise_multiplier, times, isinstance(self.mechanism, Discrete))]
 
 
 class Run(NamedTuple):
@@ -216,14 +231,15 @@ def _number(value: Any, kind: Any) -> Any:
 
 def releases_of(runs: Iterable[Run]) -> tuple[Release, ...]:
     """Return what runs, the first of which starts at step 0, amount to together; equal releases counted together."""
-    totals: dict[tuple[float, float], int] = {}
+    totals: dict[Release, int] = {}
     first = 0
     for run in runs:
-        for rate, sigma, times in run.event.releases(first, run.steps):
-            if times and rate:
-                totals[rate, sigma] = totals.get((rate, sigma), 0) + times
+        for release in run.event.releases(first, run.steps):
+            if release.times and release.sample_rate:
+                alike = release._replace(times=1)
+                totals[alike] = totals.get(alike, 0) + release.times
         first += run.steps
-    return tuple(Release(*key, times) for key, times in totals.items())
+    return tuple(release._replace(times=times) for release, times in totals.items())
 
 
 # dp-accounting's PLD drops tails of 1e-15 and composes by FFT in float64: far below this delta nothing else is left.
@@ -248,6 +264,10 @@ def composed_epsilon(
         return 0.0
     if any(r.noise_multiplier == 0 for r in releases):
         return math.inf
+    if any(r.discrete for r in releases):
+        if accountant != "rdp":
+            raise ValueError(f"[epsilon] accountant must be 'rdp' for discrete noise but is {accountant!r}")
+        return _concentrated_epsilon(releases, delta) or integer_rdp_epsilon(releases, delta)
     if accountant == "rdp":
         return _rdp_epsilon(releases, delta)
     if grid is None:  # the work grows with epsilon over the grid: what is far too large is not needed so finely
@@ -260,14 +280,14 @@ def composed_epsilon(
 def _fewer(releases: tuple[Release, ...]) -> tuple[Release, ...]:
     """Return the releases with noise rounded down to a few levels, which is sound: less noise spends more."""
     totals: dict[tuple[float, float], int] = {}
-    for rate, sigma, times in releases:
+    for rate, sigma, times, _ in releases:
         level = 2.0 ** (math.floor(math.log2(sigma) * LEVELS_PER_OCTAVE) / LEVELS_PER_OCTAVE)
         totals[rate, level] = totals.get((rate, level), 0) + times
     return tuple(Release(*key, times) for key, times in totals.items())
 
 
 def _pld_epsilon(releases: tuple[Release, ...], delta: float, grid: float) -> float:
-    composed = functools.reduce(lambda p, q: p.compose(q), (_pld(*r, grid) for r in releases))
+    composed = functools.reduce(lambda p, q: p.compose(q), (_pld(*r[:3], grid) for r in releases))
     with np.errstate(over="ignore"):  # it divides by masses of the far tail
         return float(composed.get_epsilon_for_delta(delta))
 
@@ -287,6 +307,17 @@ def _step_pld(sample_rate: float, noise_multiplier: float, grid: float) -> Any:
     return pld.from_gaussian_mechanism(
         noise_multiplier, sampling_prob=sample_rate, value_discretization_interval=grid, use_connect_dots=True
     )
+
+
+def _concentrated_epsilon(releases: tuple[Release, ...], delta: float) -> float | None:
+    """Epsilon by zero-concentrated privacy, whose orders need not be whole; None where a release is sampled."""
+    from dp_accounting.rdp import rdp_privacy_accountant as rdp
+
+    if any(r.sample_rate != 1 for r in releases):
+        return None
+    rho = sum(r.times / (2 * r.noise_multiplier**2) for r in releases)
+    orders = 1 + np.geomspace(0.02, 1e5, 4000)
+    return float(rdp.compute_epsilon(orders, rho * orders, delta)[0])
 
 
 def integer_rdp_epsilon(releases: tuple[Release, ...], delta: float) -> float:

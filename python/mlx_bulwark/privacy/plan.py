@@ -8,11 +8,11 @@ from typing import Any, Literal, get_args
 
 from .banded import strategy
 from .clipping import AdaptiveClipping, Clipping, ClippingMode, make_clipping
-from .events import Banded, Event, Gaussian, Mechanism, Run, Sampling
+from .events import Accountant, Banded, Discrete, Event, Gaussian, Mechanism, Run, Sampling
 from .sampling import SamplingMode, make_sampling
 from .schedules import Schedule
 
-NoiseMode = Literal["gaussian", "banded"]
+NoiseMode = Literal["gaussian", "banded", "discrete"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Plan:
         """Return how a clipped sum is released with a step's noise and clipping norm."""
         if self.noise == "banded":
             return Banded(noise_multiplier, max_grad_norm, self.coefficients)
+        if self.noise == "discrete":
+            return Discrete(noise_multiplier, max_grad_norm)
         return Gaussian(noise_multiplier, max_grad_norm)
 
     def event_at(self, steps: int) -> Event:
@@ -47,7 +49,7 @@ class Plan:
                 "[PrivacyEngine] noise_multiplier must be at least 0, above it in a schedule, and finite but is "
                 f"{sigma} after {steps} steps"
             )
-        if callable(self.max_grad_norm) and not 0 < norm < math.inf:
+        if (callable(self.max_grad_norm) or self.noise == "discrete") and not 0 < norm < math.inf:
             raise ValueError(
                 f"[PrivacyEngine] max_grad_norm must be positive and finite but is {norm} after {steps} steps"
             )
@@ -101,6 +103,16 @@ def make_plan(
     return Plan(scheme, rate, rule, noise_multiplier, norm, noise, coefficients, steps or 0)
 
 
+def default_accountant(accountant: Accountant | None, noise: NoiseMode) -> Accountant:
+    """The tight one where it holds."""
+    if noise == "discrete" and accountant == "pld":
+        raise ValueError(
+            "[PrivacyEngine] accountant must be 'rdp' with noise='discrete', whose privacy loss is not a Gaussian's, "
+            "but is 'pld'"
+        )
+    return accountant or ("rdp" if noise == "discrete" else "pld")
+
+
 def _check_noise_mode(
     noise: NoiseMode,
     bands: int | None,
@@ -113,6 +125,9 @@ def _check_noise_mode(
         raise ValueError(
             f"[PrivacyEngine] noise must be one of {', '.join(map(repr, get_args(NoiseMode)))} but is {noise!r}"
         )
+    adaptive = clipping == "adaptive" or isinstance(clipping, AdaptiveClipping)
+    if noise == "discrete" and adaptive:
+        raise ValueError("[PrivacyEngine] clipping must not be adaptive with noise='discrete' but is")
     if noise != "banded":
         if bands is not None:
             raise ValueError(f"[PrivacyEngine] bands must be given with noise='banded' only but is {bands}")
@@ -123,7 +138,7 @@ def _check_noise_mode(
         raise ValueError("[PrivacyEngine] bands must be given with noise='banded' but is None")
     if bands is not None and (bands < 1 or int(bands) != bands):
         raise ValueError(f"[PrivacyEngine] bands must be a positive whole number but is {bands}")
-    if any(callable(v) for v in values) or clipping == "adaptive" or isinstance(clipping, AdaptiveClipping):
+    if any(callable(v) for v in values) or adaptive:
         raise ValueError(
             "[PrivacyEngine] noise_multiplier and max_grad_norm must stay the same in a run with noise='banded' but "
             "change: noise that is to cancel in the sum must have one scale"

@@ -12,8 +12,10 @@ from .banded import add_banded, taps
 from .batches import Batch, UnitReduction
 from .books import Books
 from .clipping import QUANTILE
+from .discrete import add_discrete
+from .discrete_gradients import integer_loss_and_grad
 from .distributed import Ranks
-from .events import Banded, CyclicPoisson, Shuffle
+from .events import Banded, CyclicPoisson, Discrete, Shuffle
 from .gradients import LossFunction, batch_size_of, clipped_sums, to_mlx
 from .optimizer import ClippedGradients, PrivateOptimizer
 from .state import is_traced
@@ -86,6 +88,8 @@ def _loss_and_grad(
     last: bool,
     plans: dict[Any, list[Planned]],
 ) -> tuple[mx.array, ClippedGradients]:
+    if isinstance(engine.event.mechanism, Discrete):
+        return integer_loss_and_grad(engine, model, loss_fn, to_mlx(data), mask, units, unit_reduction, last, plans)
     norm = engine.state["max_grad_norm"]
     r = clipped_sums(model, loss_fn, data, mask, norm, engine._clipping, plans, units, unit_reduction)
     losses = r.losses if mask is None else mx.where(mask, r.losses, 0)
@@ -183,6 +187,8 @@ def _charge(engine: "PrivacyEngine", blocks: int, traced: bool) -> mx.array:
 
 
 def _noised(engine: "PrivacyEngine", sums: dict[str, mx.array], counter: mx.array, traced: bool) -> dict[str, mx.array]:
+    if isinstance(engine.event.mechanism, Discrete):
+        return add_discrete(sums, engine.noise_multiplier, engine.max_grad_norm, engine._discrete_words)
     if engine.event.mechanism.noise_multiplier == 0:
         return sums
     std, key = engine.state["noise_std"], engine.state["noise"]["key"]
@@ -225,6 +231,11 @@ def compiled_step(
     engine: "PrivacyEngine", model: nn.Module, optimizer: PrivateOptimizer, loss_fn: LossFunction
 ) -> Callable[[Batch], mx.array]:
     """See `PrivacyEngine.compiled_step`."""
+    if isinstance(engine.event.mechanism, Discrete):
+        raise PrivacyError(
+            "[compiled_step] noise must not be 'discrete', whose integers are drawn outside of a graph, but is; take "
+            "value_and_grad and update"
+        )
     if engine._ranks:
         engine._ranks.align(model)
     plans: dict[Any, list[Planned]] = {}
