@@ -465,7 +465,7 @@ class PrivacyEngine:
         return self._up_to_date_books().steps
 
     def epsilon(self, delta: float | None = None) -> float:
-        """Epsilon spent so far, under add-or-remove-one-example adjacency.
+        """Epsilon spent so far, for neighbours as `adjacency` says.
 
         Args:
             delta: probability of the (epsilon, delta) guarantee; default: the engine's.
