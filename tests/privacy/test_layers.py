@@ -75,6 +75,8 @@ def classes():
 def build(cls):
     module = cls(*BUILD.get(cls, ()))
     module.unfreeze()
+    if cls is nn.QuantizedLinear:  # its integers cannot be trained
+        module.freeze(keys=["weight"])
     return module
 
 

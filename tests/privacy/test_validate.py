@@ -79,9 +79,42 @@ def test_nothing_to_train():
     assert not engine().validate(nn.ReLU()).is_valid
 
 
+class Tuple(nn.Module):
+    """MLX's own walk does not see what is in a tuple, and the loss does."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = (nn.BatchNorm(4),)
+        self.head = nn.Linear(4, 2)
+
+    def __call__(self, x):
+        return self.head(self.layers[0](x))
+
+
+class Normalised(nn.Embedding):
+    """Its weight is not what it trains."""
+
+    def __init__(self):
+        super().__init__(5, 4)
+        self.direction = self.pop("weight")
+
+    @property
+    def weight(self):
+        return self.direction / mx.linalg.norm(self.direction, axis=1, keepdims=True)
+
+
+def test_a_layer_that_trains_something_else_has_no_rule():
+    model = Normalised()
+    (layer,) = engine().validate(model).layers
+    assert "vmap" in layer.reason
+    batch = mx.array([[0, 1], [2, 2], [4, 0]])
+    engine().check(model, batch, lambda m, x: m(x)[..., 0].sum(axis=1))
+
+
 @pytest.mark.parametrize(
     "model",
     [
+        Tuple(),
         nn.Sequential(nn.Linear(4, 4), nn.BatchNorm(4)),
         nn.Sequential(nn.Linear(4, 4), nn.BatchNorm(4, track_running_stats=False).eval()),
         Token(nn.Linear(4, 4), nn.Dropout(0.1)),

@@ -1,5 +1,6 @@
 """Layers that have no guarantee as they are, and why."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -35,12 +36,25 @@ REFUSED = {
 
 def refuse(model: nn.Module) -> None:
     """Raise the first reason for which the model cannot be made private."""
-    for path, module in model.named_modules():
+    for path, module in walk(model):
         if reason := refusal(module):
             raise PrivacyError(
                 f"[value_and_grad] layer {path or 'model'} ({type(module).__name__}) must have a guarantee but has "
                 f"none: {reason}"
             )
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every layer and its path, also those in tuples, which MLX's own walk leaves out."""
+    stack: list[tuple[str, Any]] = [("", model)]
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, nn.Module):
+            yield path, value
+        if isinstance(value, dict):
+            stack += [(f"{path}.{k}" if path else str(k), v) for k, v in value.items()]
+        elif isinstance(value, (list, tuple)):
+            stack += [(f"{path}.{i}", v) for i, v in enumerate(value)]
 
 
 def refusal(module: nn.Module) -> str | None:

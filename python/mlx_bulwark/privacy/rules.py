@@ -1,8 +1,11 @@
 """Which rule gives the per-sample gradients of which layer."""
 
+from typing import Any
+
 import mlx.nn as nn
 
 from .per_sample import PerSample, Tapped
+from .refusals import own_arrays
 from .rules_activations import prelu
 from .rules_convolutions import convolution, transposed_convolution
 from .rules_embeddings import embedding
@@ -14,7 +17,11 @@ from .rules_quantized import quantized_linear
 from .rules_recurrent import gate_biases, gru, lstm, rnn
 from .taps import Rule, Site
 
+LORA, DORA = ("lora_a", "lora_b"), ("lora_a", "lora_b", "m")
 LOOKUP = ("__call__", "as_linear")
+RECURRENT: dict[str, Any] = {"needs_outputs": True, "expanded": gate_biases}
+DROPOUT: dict[str, Any] = {"recorded": ("dropout",)}
+TABLE: dict[str, Any] = {"methods": LOOKUP, "recorded": ("dropout",), "probed": ("dropout",)}
 
 # By name: a model that has layers of mlx-lm has imported it, and no other model should.
 RULES = {
@@ -26,20 +33,20 @@ RULES = {
     "mlx.nn.layers.convolution_transpose.ConvTranspose1d": Rule(transposed_convolution),
     "mlx.nn.layers.convolution_transpose.ConvTranspose2d": Rule(transposed_convolution),
     "mlx.nn.layers.convolution_transpose.ConvTranspose3d": Rule(transposed_convolution),
-    "mlx.nn.layers.embedding.Embedding": Rule(embedding, LOOKUP),
+    "mlx.nn.layers.embedding.Embedding": Rule(embedding, methods=LOOKUP),
     "mlx.nn.layers.normalization.LayerNorm": Rule(layer_norm),
     "mlx.nn.layers.normalization.RMSNorm": Rule(rms_norm),
     "mlx.nn.layers.normalization.GroupNorm": Rule(group_norm),
     "mlx.nn.layers.normalization.InstanceNorm": Rule(instance_norm),
     "mlx.nn.layers.activations.PReLU": Rule(prelu),
-    "mlx.nn.layers.recurrent.RNN": Rule(rnn, needs_outputs=True, expanded=gate_biases),
-    "mlx.nn.layers.recurrent.GRU": Rule(gru, needs_outputs=True, expanded=gate_biases),
-    "mlx.nn.layers.recurrent.LSTM": Rule(lstm, needs_outputs=True, expanded=gate_biases),
-    "mlx.nn.layers.quantized.QuantizedLinear": Rule(quantized_linear),
-    "mlx_lm.tuner.lora.LoRALinear": Rule(lora_linear, recorded=("dropout",)),
-    "mlx_lm.tuner.lora.LoRAEmbedding": Rule(lora_embedding, LOOKUP, recorded=("dropout",), probed=("dropout",)),
-    "mlx_lm.tuner.dora.DoRALinear": Rule(dora_linear, recorded=("dropout",)),
-    "mlx_lm.tuner.dora.DoRAEmbedding": Rule(dora_embedding, LOOKUP, recorded=("dropout",), probed=("dropout",)),
+    "mlx.nn.layers.recurrent.RNN": Rule(rnn, ("Wxh", "Whh", "bias"), **RECURRENT),
+    "mlx.nn.layers.recurrent.GRU": Rule(gru, ("Wx", "Wh", "b", "bhn"), **RECURRENT),
+    "mlx.nn.layers.recurrent.LSTM": Rule(lstm, ("Wx", "Wh", "bias"), **RECURRENT),
+    "mlx.nn.layers.quantized.QuantizedLinear": Rule(quantized_linear, ("scales", "biases", "bias")),
+    "mlx_lm.tuner.lora.LoRALinear": Rule(lora_linear, LORA, **DROPOUT),
+    "mlx_lm.tuner.lora.LoRAEmbedding": Rule(lora_embedding, LORA, **TABLE),
+    "mlx_lm.tuner.dora.DoRALinear": Rule(dora_linear, DORA, **DROPOUT),
+    "mlx_lm.tuner.dora.DoRAEmbedding": Rule(dora_embedding, DORA, **TABLE),
     "mlx_lm.models.gemma.RMSNorm": Rule(rms_norm),
     "mlx_lm.models.gemma2.RMSNorm": Rule(rms_norm),
     "mlx_lm.models.gemma3_text.RMSNorm": Rule(rms_norm),
@@ -47,12 +54,13 @@ RULES = {
 
 
 def rule_of(module: nn.Module) -> Rule | None:
-    """Rule of this layer: that of its type, or of a base whose methods it calls unchanged."""
+    """Rule of this layer: that of its type, or of a base whose methods it leaves alone and adds no parameter to."""
     cls = type(module)
     for base in cls.__mro__:
         rule = RULES.get(f"{base.__module__}.{base.__qualname__}")
         if rule:
-            return rule if all(getattr(cls, m) is getattr(base, m) for m in rule.methods) else None
+            unchanged = all(getattr(cls, m) is getattr(base, m) for m in rule.methods)
+            return rule if unchanged and own_arrays(module, trainable=True).keys() <= set(rule.parameters) else None
     return None
 
 

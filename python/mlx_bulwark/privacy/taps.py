@@ -74,6 +74,7 @@ class Rule(NamedTuple):
     """How a type of layer is tapped, and how its per-sample gradients come from what was tapped."""
 
     per_sample: Callable[..., Any]  # (Site, list[Tapped]) -> PerSample
+    parameters: tuple[str, ...] = ("weight", "bias")  # what the rule knows; a layer that trains more has no rule
     methods: tuple[str, ...] = ("__call__",)  # what the model may call
     needs_outputs: bool = False
     recorded: tuple[str, ...] = ()  # children whose outputs are recorded

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from .refusals import own_arrays, refusal
+from .refusals import own_arrays, refusal, walk
 from .rules import rule_of
 from .taps import PrivacyError, Site, find_sites
 
@@ -83,7 +83,7 @@ def validate(model: nn.Module) -> ValidationReport:
     sites = {id(s.module): s for s in find_sites(model, rule_of)}
     seen: set[int] = set()
     layers = []
-    for path, module in sorted(model.named_modules(), key=lambda item: item[0]):
+    for path, module in sorted(walk(model), key=lambda item: item[0]):
         if id(module) not in seen:
             seen.add(id(module))
             layers.extend(_layer(path, module, sites.get(id(module))))
@@ -125,7 +125,7 @@ def fix(model: nn.Module) -> tuple[Fix, ...]:
         raise PrivacyError("[fix] model must hold its layers but is itself a BatchNorm; use nn.GroupNorm in its place")
     fixes: list[Fix] = []
     replaced: dict[int, nn.Module] = {}
-    for path, module in model.named_modules():
+    for path, module in list(walk(model)):
         for name, child in list(module.items()):
             if not name.startswith("_"):
                 module[name] = _fixed(child, f"{path}.{name}" if path else name, replaced, fixes)
