@@ -634,11 +634,26 @@ def _clipped_sum_reference(call: _Call, factors: mx.array) -> LayerGradients:
 def _sq_norms_reference(call: _Call, method: str) -> mx.array:
     rows = sum(math.prod(dy.shape[1:-1]) for dy in call.dy)
     d, p = math.prod(call.window[:3]) * call.x[0].shape[-1] // call.groups, call.dy[0].shape[-1] // call.groups
-    if call.segments or method == "direct" or (method == "auto" and rows * (d + p) > d * p):
+    if call.segments:  # one Gram matrix of all samples
+        rows *= call.x[0].shape[0]
+    if method == "direct" or (method == "auto" and rows * (d + p) > d * p):
         return sum((_row_sums(_rows(g).square()) for g in _grads_reference(call) if g is not None), mx.array(0.0))
     u, d_ = _joined(call)
+    if call.segments:
+        return _sq_norms_of_units(call, u, d_)
     gram = (u @ u.swapaxes(2, 3) + float(call.bias)) * (d_ @ d_.swapaxes(2, 3))
     norms = _row_sums(_rows(gram))
+    return mx.where(norms < 0, 0.0, norms)
+
+
+def _sq_norms_of_units(call: _Call, u: mx.array, d: mx.array) -> mx.array:
+    batch, rows = u.shape[0], u.shape[2]
+    ids = mx.repeat(call.segments[0], rows)
+    u, d = (a.swapaxes(0, 1).flatten(1, 2) for a in (u, d))
+    gram = (u @ u.swapaxes(1, 2) + float(call.bias)) * (d @ d.swapaxes(1, 2))
+    of_rows = mx.where(ids[:, None] == ids, gram, 0.0).sum(axis=0)  # a row counts with those of its own unit
+    each = _row_sums(_row_sums(of_rows).reshape(batch, rows)) if rows else mx.zeros((batch,))
+    norms = _by_unit(call.segments, call.units, each)
     return mx.where(norms < 0, 0.0, norms)
 
 
