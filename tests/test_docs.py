@@ -2,6 +2,9 @@
 
 import inspect
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx_bulwark as bw
@@ -36,6 +39,29 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     for block in blocks("README.md", "python"):
         exec(compile(block, "README.md", "exec"), names)
     assert names["bw"].backend().name == "native"
+
+
+def test_readme_training_of_several_ranks_runs_under_mlx_launch(tmp_path):
+    (block,) = [block for block in blocks("README.md", "python") if "mx.distributed.init" in block]
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim, mlx_bulwark as bw, numpy as np\n"
+        "x, y = np.ones((600, 20), np.float32), np.zeros(600, np.int64)\n"
+        "model = nn.Linear(20, 2)\n"
+        "def loss_fn(model, x, y):\n"
+        "    return nn.losses.cross_entropy(model(x), y, reduction='none')\n"
+        f"{block}\nprint('rank', rank, 'of', size, 'steps', engine.steps, flush=True)\n"
+    )
+    with socket.socket() as s:  # launch wants the first of two free ports
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    launch = "from mlx._distributed_utils.launch import main; main()"  # mlx.launch, of this very interpreter
+    command = [sys.executable, "-c", launch, "-n", "2", "--backend", "ring", "--starting-port", str(port)]
+    done = subprocess.run(
+        [*command, "--", sys.executable, script], capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"rank 0 of 2 steps 5", "rank 1 of 2 steps 5"} <= set(done.stdout.splitlines()), done.stdout + done.stderr
 
 
 def public_functions():

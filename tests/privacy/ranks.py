@@ -109,6 +109,20 @@ def with_noise(group):
                 before = flat(model)
         mx.distributed.all_sum = all_sum
         moves[f"moves {compiled}"] = np.stack(moved)
+    mx.random.seed(0)
+    banded = bw.PrivacyEngine(
+        N,
+        sampling="cyclic_poisson",
+        cycle_length=4,
+        sample_rate=0.25,
+        noise="banded",
+        noise_multiplier=3.0,
+        max_grad_norm=0.2,
+        steps=6,
+        group=group,
+    )
+    after = train(banded, model, x, True, lambda m, x: 0 * m(x).sum(1), steps=6, optimizer=optim.SGD(1.0))
+    moves["banded"] = (after[:-1] - after[1:]) * banded.expected_batch_size / (3.0 * 0.2)
     return {**moves, "sent": np.stack([np.array(s) for s in sent]), "steps": engine.steps}
 
 

@@ -15,20 +15,26 @@ import mlx_bulwark as bw
 import numpy as np
 import pytest
 import ranks
+from mlx_bulwark.privacy.banded import strategy
 from scipy import stats
 
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 
-def start(scenario, folder, size):
-    """Start the processes of a scenario."""
-    sockets = [socket.socket() for _ in range(size)]
+def free_ports(count):
+    sockets = [socket.socket() for _ in range(count)]
     for s in sockets:
         s.bind(("127.0.0.1", 0))
-    hosts = folder / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{s.getsockname()[1]}"] for s in sockets]))
+    ports = [s.getsockname()[1] for s in sockets]
     for s in sockets:
         s.close()
+    return ports
+
+
+def start(scenario, folder, size):
+    """Start the processes of a scenario."""
+    hosts = folder / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(size)]))
     return [
         subprocess.Popen(
             [sys.executable, SCRIPT, scenario, folder],
@@ -107,6 +113,18 @@ def test_what_leaves_a_rank_is_noised_by_its_own_share(figures):
     everything = np.stack([z.ravel() for z in sent])
     correlation = np.corrcoef(everything) - np.eye(len(sent))
     assert np.abs(correlation).max() * math.sqrt(everything.shape[1]) < 5
+
+
+def test_banded_noise_of_all_ranks_is_correlated_as_in_one_process(figures):
+    # Each step's noise is a row of the inverse strategy times independent normals: covariance between steps within 6
+    # standard errors of 30,100 values.
+    z = figures["with_noise"][0]["banded"].astype(np.float64)
+    np.testing.assert_array_equal(z, figures["with_noise"][1]["banded"].astype(np.float64))
+    coefficients = strategy(4, 6)
+    inverse = np.linalg.inv(sum(c * np.eye(6, k=-k) for k, c in enumerate(coefficients)))
+    expected = inverse @ inverse.T
+    spread = np.sqrt((expected**2 + np.outer(np.diag(expected), np.diag(expected))) / z.shape[1])
+    assert (np.abs(z @ z.T / z.shape[1] - expected) < 6 * spread).all()
 
 
 def test_steps_are_counted_once(figures):

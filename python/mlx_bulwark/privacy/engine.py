@@ -146,6 +146,10 @@ class PrivacyEngine:
                 "a discrete Gaussian"
             )
         if self._ranks:
+            if noise not in ("gaussian", "banded"):
+                raise ValueError(
+                    f"[PrivacyEngine] noise must be 'gaussian' or 'banded' with several ranks but is {noise!r}"
+                )
             if noise_key_file is not None:
                 raise ValueError("[PrivacyEngine] noise_key_file must be None with several ranks but is given")
             self._ranks.agree("settings", (dataset_size, plan.outline(), accountant, steps, delta, target_epsilon))
