@@ -92,9 +92,29 @@ def test_trial_steps_leave_no_trace():
     assert "layers" not in optimizer.state
 
 
-def test_a_shuffled_engine_can_be_measured():
-    e, model, optimizer, x = make(sampling="shuffle")
-    assert e.batches(x, steps=1, max_memory=2**33, training=(model, optimizer, loss_fn)).microbatch_size == 300
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"sampling": "shuffle"},
+        {"sampling": "cyclic_poisson", "cycle_length": 2, "noise": "banded", "steps": 4},
+        {"clipping": "adaptive"},
+    ],
+)
+def test_every_kind_of_engine_can_be_measured(more):
+    e, model, optimizer, x = make(**more)
+    before = e.batches(x, steps=1).microbatch_size
+    batches = e.batches(x, steps=1, max_memory=2**33, training=(model, optimizer, loss_fn))
+    assert batches.microbatch_size == before
+    for b in batches:
+        _, gradients = e.value_and_grad(model, loss_fn)(model, b)
+        optimizer.update(model, gradients)
+    assert e.steps == 1
+
+
+def test_an_engine_with_discrete_noise_can_be_measured():
+    e, model, optimizer, x = make(noise="discrete")
+    training = (model, optimizer, loss_fn)
+    assert e.batches(x, steps=1, max_memory=2**21, training=training).microbatch_size >= 4
 
 
 def test_a_large_budget_gives_the_usual_size():

@@ -11,6 +11,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from .batches import Batch, Source
+from .events import Discrete
 from .gradients import LossFunction
 from .optimizer import PrivateOptimizer
 
@@ -73,7 +74,7 @@ def peak_of_step(
     high, low = (int(word) for word in np.array(generator[0]))
     peaks = []
     try:
-        for compiled in (False, True):
+        for compiled in (False,) if isinstance(engine.event.mechanism, Discrete) else (False, True):
             trial = engine._without_books()
             wrapped = PrivateOptimizer(trial, copy.deepcopy(optimizer.optimizer))
             wrapped.init(model.trainable_parameters())
