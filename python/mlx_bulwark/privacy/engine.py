@@ -142,8 +142,8 @@ class PrivacyEngine:
         self._ranks = make_ranks(group, group_timeout)
         if self._ranks and noise == "discrete":
             raise ValueError(
-                "[PrivacyEngine] noise must not be 'discrete' with several ranks but is: a sum of shares is not exactly "
-                "a discrete Gaussian"
+                "[PrivacyEngine] noise must not be 'discrete' with several ranks but is: a sum of shares is not "
+                "exactly a discrete Gaussian"
             )
         if self._ranks:
             if noise not in ("gaussian", "banded"):

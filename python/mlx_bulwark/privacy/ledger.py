@@ -8,13 +8,14 @@ can, and the last lines can be cut off unseen: keep it where only the training c
 import fcntl
 import hashlib
 import json
+import math
 import os
 import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .accounting import check_delta
-from .events import Accountant, Event, Run, composed_epsilon, releases_of
+from .events import ADJACENCY, Accountant, Discrete, Event, Run, composed_epsilon, releases_of
 from .taps import PrivacyError
 
 FORMAT, VERSION = "mlx-bulwark ledger", 1
@@ -29,13 +30,13 @@ class Entries(NamedTuple):
     chain: str
 
 
-def ledger_epsilon(path: str | os.PathLike[str], delta: float, accountant: Accountant = "pld") -> float:
+def ledger_epsilon(path: str | os.PathLike[str], delta: float, accountant: Accountant | None = None) -> float:
     """Epsilon of all steps in a ledger file.
 
     Args:
         path: the file that a `PrivacyEngine` was given as ``ledger``. It may be in use.
         delta: probability of the (epsilon, delta) guarantee, in (0, 1).
-        accountant: ``"pld"`` or ``"rdp"``.
+        accountant: ``"pld"`` or ``"rdp"``. Default: ``"pld"``; ``"rdp"`` where noise is discrete.
 
     Returns:
         Epsilon under the adjacency of the sampling scheme.
@@ -51,8 +52,29 @@ def ledger_epsilon(path: str | os.PathLike[str], delta: float, accountant: Accou
         >>> bw.ledger_epsilon(path, delta=1e-5)
         0.0
     """
+    epsilon = spent_by(path, delta, accountant)["epsilon"]
+    return math.inf if epsilon is None else float(epsilon)
+
+
+def spent_by(path: str | os.PathLike[str], delta: float, accountant: str | None = None) -> dict[str, Any]:
+    """What a ledger says, for the command ``mlx-bulwark budget``; an infinite epsilon is None."""
+    if accountant not in (None, "pld", "rdp"):
+        raise ValueError(f"[ledger_epsilon] accountant must be 'pld' or 'rdp' but is {accountant!r}")
+    entries = read_ledger(path)
+    discrete = any(isinstance(run.event.mechanism, Discrete) for run in entries.runs)
+    chosen: Accountant = "rdp" if accountant == "rdp" or (accountant is None and discrete) else "pld"
     check_delta("ledger_epsilon", delta)
-    return composed_epsilon(releases_of(read_ledger(path).runs), delta, accountant)
+    epsilon = composed_epsilon(releases_of(entries.runs), delta, chosen)
+    adjacencies = dict.fromkeys(run.event.sampling.adjacency for run in entries.runs)
+    return {
+        "epsilon": epsilon if epsilon < math.inf else None,
+        "delta": delta,
+        "accountant": chosen,
+        "adjacency": "; ".join(adjacencies) or ADJACENCY,
+        "steps": entries.steps,
+        "torn": os.path.getsize(path) > entries.size,
+        "runs": [{"steps": run.steps, "session": run.session, **run.event.to_json()} for run in entries.runs],
+    }
 
 
 def read_ledger(path: str | os.PathLike[str]) -> Entries:
