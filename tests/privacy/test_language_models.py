@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import mlx_bulwark as bw
 import numpy as np
 import pytest
@@ -16,7 +17,10 @@ from mlx.utils import tree_flatten
 from mlx_bulwark import lora
 from mlx_bulwark.cli import main
 from mlx_lm.models import llama, qwen3
-from mlx_lm.tuner.trainer import default_loss, iterate_batches
+from mlx_lm.tuner.callbacks import TrainingCallback
+from mlx_lm.tuner.datasets import CacheDataset
+from mlx_lm.tuner.trainer import TrainingArgs, default_loss, evaluate, iterate_batches
+from mlx_lm.tuner.trainer import train as mlx_lm_train
 from mlx_lm.utils import load, load_adapters, quantize_model, save_config, save_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -335,3 +339,127 @@ def test_interrupt_keeps_adapters_and_ledger(model_of, data, tmp_path):
     assert figures["steps"] == ledger.read_text().count('"step"') >= 3
     model, _ = load(str(model_of()))
     load_adapters(model, str(folder))
+
+
+# ---- the pieces for mlx_lm.tuner.train
+
+
+class Reports(TrainingCallback):
+    def __init__(self):
+        self.train, self.validation = [], []
+
+    def on_train_loss_report(self, info):
+        self.train.append(info)
+
+    def on_val_loss_report(self, info):
+        self.validation.append(info)
+
+
+def tuned(model_of, data, folder, iters=3, accumulate=1, optimizer=None, **how):
+    """Train by mlx-lm's own function; returns model, engine, reports and the data."""
+    args = lora.parse(arguments(model_of(), data, folder))[0]
+    model, tokenizer = lora._load(args)
+    train_set, validation, _ = (CacheDataset(d) for d in lora_datasets(args, tokenizer))
+    lora._prepare(args, model)
+    settings = {"batch_size": 8, "noise_multiplier": 1.0, "max_grad_norm": 1.0, "steps": iters} | how
+    engine = bw.PrivacyEngine(40, **settings)
+    tuner = bw.PrivateTuner(engine, model, optimizer or optim.Adam(1e-3))
+    reports, folder = Reports(), Path(folder)
+    folder.mkdir(exist_ok=True)
+    mlx_lm_train(
+        model,
+        tuner.optimizer,
+        train_set,
+        validation,
+        TrainingArgs(
+            batch_size=4,
+            iters=iters,
+            steps_per_report=1,
+            steps_per_eval=2,
+            grad_accumulation_steps=accumulate,
+            adapter_file=folder / "adapters.safetensors",
+        ),
+        loss=tuner.loss,
+        iterate_batches=tuner.iterate_batches,
+        training_callback=reports,
+    )
+    return model, engine, reports, train_set, validation
+
+
+def lora_datasets(args, tokenizer):
+    from mlx_lm.tuner.datasets import load_dataset
+
+    return load_dataset(args, tokenizer)
+
+
+def test_tuner_trains_by_mlx_lm_itself(model_of, data, tmp_path):
+    ledger = tmp_path / "ledger.jsonl"
+    model, engine, reports, _, validation = tuned(
+        model_of, data, tmp_path / "a", iters=4, ledger=ledger, delta=1e-3, target_epsilon=100.0
+    )
+    assert engine.steps == 4
+    assert ledger.read_text().count('"step"') == 4
+    assert engine.epsilon() == pytest.approx(bw.compute_epsilon(1.0, 0.2, 4, 1e-3), rel=1e-6)
+    assert [r["iteration"] for r in reports.train] == [1, 2, 3, 4]
+    assert all(np.isnan(r["train_loss"]) and r["trained_tokens"] == 0 for r in reports.train)
+    assert [r["iteration"] for r in reports.validation] == [0, 1, 3]
+    start, _ = load(str(model_of()))
+    np.random.seed(0)
+    before = evaluate(start, validation, 4, 25)
+    assert reports.validation[0]["val_loss"] == pytest.approx(before, rel=1e-3)
+    saved = mx.load(str(tmp_path / "a" / "adapters.safetensors"))
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    assert all(mx.array_equal(saved[k], trained[k]).item() for k in trained)
+    assert all(mx.abs(saved[k]).max().item() > 0 for k in trained)
+
+
+def test_tuner_takes_the_steps_of_the_engine(model_of, data, tmp_path):
+    """Everything in every batch and no noise: the same as the engine's own compiled steps."""
+    how = {"batch_size": 40, "noise_multiplier": 0.0, "iters": 3}
+    model, *_, train_set, _ = tuned(model_of, data, tmp_path / "a", optimizer=optim.SGD(0.5), **how)
+    args = lora.parse(arguments(model_of(), data, tmp_path / "b"))[0]
+    other, _ = lora._load(args)
+    lora._prepare(args, other)
+    engine = bw.PrivacyEngine(40, batch_size=40, noise_multiplier=0.0, max_grad_norm=1.0, steps=3)
+    optimizer = engine.wrap(optim.SGD(0.5))
+    step = engine.compiled_step(other, optimizer, bw.token_loss)
+    for batch in engine.batches(bw.TokenRows([train_set[i] for i in range(40)]).data):
+        mx.eval(step(batch), other.state, optimizer.state, engine.state)
+    expected = dict(tree_flatten(other.trainable_parameters()))
+    for name, value in tree_flatten(model.trainable_parameters()):
+        np.testing.assert_allclose(np.array(value), np.array(expected[name]), rtol=1e-4, atol=1e-6)
+
+
+def test_tuner_draws_fresh_noise_in_every_step(model_of, data, tmp_path):
+    """Clipped to next to nothing, an update is its noise: 1000 times the norm over the expected batch size."""
+    moves = []
+    for iters in (1, 2):
+        model, *_ = tuned(
+            model_of, data, tmp_path / str(iters), iters=iters, optimizer=optim.SGD(1.0),
+            noise_multiplier=1e5, max_grad_norm=1e-5,
+        )  # fmt: skip
+        after = np.concatenate([np.array(v).ravel() for _, v in tree_flatten(model.trainable_parameters())])
+        start, _ = load(str(model_of()))
+        args = lora.parse(arguments(model_of(), data, tmp_path / "c"))[0]
+        lora._prepare(args, start)
+        before = np.concatenate([np.array(v).ravel() for _, v in tree_flatten(start.trainable_parameters())])
+        moves.append(after - before)
+    n = len(moves[0])
+    # the standard deviation of one step is 1 / 8, of two independent ones sqrt(2) / 8; false alarm 1e-6
+    for move, steps in zip(moves, (1, 2), strict=True):
+        assert abs(move.std() / (np.sqrt(steps) / 8) - 1) < 5 / np.sqrt(2 * n)
+
+
+def test_tuner_refuses_what_would_not_be_private(model_of, data, tmp_path):
+    with pytest.raises(bw.PrivacyError, match="grad_accumulation_steps must be 1"):
+        tuned(model_of, data, tmp_path / "a", iters=4, accumulate=2)
+    with pytest.raises(bw.PrivacyError, match="steps must stay within the 2 planned ones"):
+        tuned(model_of, data, tmp_path / "b", iters=4, steps=2)
+    args = lora.parse(arguments(model_of(), data, tmp_path))[0]
+    model, tokenizer = lora._load(args)
+    lora._prepare(args, model)
+    engine = bw.PrivacyEngine(41, batch_size=8, noise_multiplier=1.0, max_grad_norm=1.0)
+    tuner = bw.PrivateTuner(engine, model, optim.SGD(1.0))
+    batches = tuner.iterate_batches(CacheDataset(lora_datasets(args, tokenizer)[0]), 4, 64, loop=True)
+    with pytest.raises(ValueError, match="dataset must have 41 examples but has 40"):
+        next(batches)

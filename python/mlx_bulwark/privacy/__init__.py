@@ -7,7 +7,7 @@ from .batches import Batch, Batches
 from .check import CheckReport
 from .clipping import AdaptiveClipping, Sensitivity
 from .engine import PrivacyEngine
-from .language_models import TokenRows, token_loss
+from .language_models import PrivateTuner, TokenRows, token_loss
 from .ledger import ledger_epsilon
 from .one_run import GuessBound, one_run_epsilon
 from .optimizer import ClippedGradients, PrivateOptimizer
@@ -29,6 +29,7 @@ __all__ = [
     "PrivacyEngine",
     "PrivacyError",
     "PrivateOptimizer",
+    "PrivateTuner",
     "Sensitivity",
     "TokenRows",
     "ValidationReport",
