@@ -282,6 +282,22 @@ def test_a_dead_model_does_not_bring_the_norm_to_zero(backend):
     assert np.isfinite(seen).all()
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_schedule_of_noise_goes_with_an_adaptive_norm(backend, compiled):
+    def schedule(step):
+        return 1.0 + 0.5 * step
+
+    rule = AdaptiveClipping(count_noise=4.0)
+    e = engine(rule, 0.5, noise_multiplier=schedule)
+    seen = run_adaptive(e, np.linspace(0.1, 4, 64), 5, compiled)
+    assert len(set(seen)) == 6
+    z = schedule(5)
+    assert e.noise_multiplier == z
+    assert e.state["noise_std"].item() == pytest.approx(seen[-1] * (z**-2 - 8.0**-2) ** -0.5, rel=1e-6)
+    with pytest.raises(ValueError, match="count_noise must be more than"):  # the schedule has come to twice its noise
+        run_adaptive(e, np.linspace(0.1, 4, 64), 20, compiled)
+
+
 def test_a_resumed_run_keeps_the_norm_that_was_found(tmp_path):
     e = engine("adaptive", 0.1)
     found = run_adaptive(e, np.linspace(1, 4, 64), 5)[-1]

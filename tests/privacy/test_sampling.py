@@ -199,6 +199,17 @@ def test_shuffled_epochs_are_unsampled_gaussians():
     assert e.epsilon(1e-5) < 17
 
 
+def test_shuffling_is_accounted_under_zero_out_adjacency():
+    import dp_accounting as dp
+    from dp_accounting.pld import PLDAccountant
+
+    theirs = PLDAccountant(neighboring_relation=dp.NeighboringRelation.REPLACE_SPECIAL)
+    theirs.compose(dp.SelfComposedDpEvent(dp.GaussianDpEvent(3.0), 7))
+    e = engine(sampling="shuffle", noise_multiplier=3.0)
+    e._books.steps = 140
+    assert e.epsilon(1e-6) == pytest.approx(theirs.get_epsilon(1e-6), rel=1e-4)
+
+
 def test_cyclic_poisson_is_accounted_by_group():
     # published value of dp-accounting 0.6: sigma = 1, q = 0.01, 1000 steps, 8 groups, delta = 1e-5
     e = bw.PrivacyEngine(
