@@ -3,7 +3,7 @@ import mlx.nn as nn
 import mlx_bulwark as bw
 import numpy as np
 import pytest
-from mlx_bulwark.privacy import rules, state, steps
+from mlx_bulwark.privacy import check_noise, rules, state, steps
 
 RNG = np.random.default_rng(0)
 X = mx.array(RNG.standard_normal((6, 5)).astype(np.float32))
@@ -218,3 +218,16 @@ def test_noise_that_drags_on_is_caught(backend, monkeypatch):
     monkeypatch.setattr(steps, "add_gaussian", add_gaussian)
     with pytest.raises(bw.PrivacyError, match="independent"):
         engine().check(nn.Linear(5, 300), (X, Y), cross_entropy)
+
+
+@pytest.mark.slow
+def test_alarms_are_as_rare_as_stated(monkeypatch):
+    # At a rate of 1 in 20, more than 16 refusals of sound noise in 100 happen once in 100,000 runs of this test.
+    monkeypatch.setattr(check_noise, "FALSE_ALARM_RATE", 0.05)
+    refusals = 0
+    for _ in range(100):
+        try:
+            check_noise.check_noise(engine(), {"a": (40, 30), "b": (1,), "c": (7,)}, 6)
+        except bw.PrivacyError:
+            refusals += 1
+    assert refusals <= 16
