@@ -165,6 +165,9 @@ def refusals(group):
     refused(engine.value_and_grad, model, loss_fn)
     shuffled = bw.PrivacyEngine(N, sampling="shuffle", **settings)
     refused(shuffled.batches, shard(data(), group), steps=1)
+    refused(bw.PrivacyEngine, N, noise="discrete", **settings)
+    refused(bw.PrivacyEngine, N, noise_key_file="key", **settings)
+    refused(engine.batches, shard(data(), group), steps=1, max_memory=1 << 30)
     return {"messages": np.array(messages)}
 
 

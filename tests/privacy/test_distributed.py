@@ -149,13 +149,17 @@ def test_examples_of_all_shards_take_part_as_accounted(figures):
 
 def test_refusals_come_on_all_ranks(figures):
     for found in figures["refusals"]:
-        settings, full, empty, shapes, frozen, shuffled = found["messages"]
+        settings, full, empty, shapes, frozen, shuffled, *alone = found["messages"]
         assert settings.startswith("PrivacyError [distributed] settings must be the same on all ranks but rank 1")
         assert full.startswith("ValueError [batches] data must be this rank's shard")
         assert empty.startswith("ValueError [batches] data must be this rank's shard")
         assert shapes.startswith("PrivacyError [distributed] shapes of the parameters, and frozen parameters must be")
         assert frozen.startswith("PrivacyError [distributed] shapes of the parameters, and frozen parameters must be")
         assert shuffled.startswith("ValueError [batches] batch_size and dataset_size must be multiples")
+        for message, name in zip(alone, ("noise", "noise_key_file", "max_memory"), strict=True):
+            assert message.startswith("ValueError")
+            assert f"{name} must" in message
+            assert "with several ranks" in message
 
 
 def test_check_finds_noise_that_ranks_share(figures):

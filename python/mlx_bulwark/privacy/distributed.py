@@ -150,6 +150,17 @@ def make_ranks(group: mx.distributed.Group | None, timeout: float) -> Ranks | No
     return Ranks(group, timeout) if group is not None and group.size() > 1 else None
 
 
+def refuse_with_ranks(noise: str, noise_key_file: object) -> None:
+    """Refuse what is for one process."""
+    if noise == "discrete":
+        raise ValueError(
+            "[PrivacyEngine] noise must not be 'discrete' with several ranks but is: a sum of shares is not exactly a "
+            "discrete Gaussian"
+        )
+    if noise_key_file is not None:
+        raise ValueError("[PrivacyEngine] noise_key_file must be None with several ranks but is given")
+
+
 def _messages(sums: dict[str, mx.array]) -> list[list[str]]:
     """Paths in an order that is the same on all ranks, in pieces of at most `_MESSAGE_BYTES`, or of one path."""
     pieces: list[list[str]] = []

@@ -15,7 +15,7 @@ from .batches import Augment, Batch, Batches, Source, UnitReduction
 from .books import Books, noise_for, steps_for
 from .check import CheckReport, check
 from .clipping import AdaptiveClipping, ClippingMode, Sensitivity
-from .distributed import Ranks, make_ranks
+from .distributed import Ranks, make_ranks, refuse_with_ranks
 from .events import Accountant, Event, Run
 from .gradients import LossFunction
 from .key_file import keep_noise_key
@@ -140,18 +140,8 @@ class PrivacyEngine:
         self.expected_batch_size = self.sample_rate * dataset_size
         self._clipping = plan.clipping
         self._ranks = make_ranks(group, group_timeout)
-        if self._ranks and noise == "discrete":
-            raise ValueError(
-                "[PrivacyEngine] noise must not be 'discrete' with several ranks but is: a sum of shares is not "
-                "exactly a discrete Gaussian"
-            )
         if self._ranks:
-            if noise not in ("gaussian", "banded"):
-                raise ValueError(
-                    f"[PrivacyEngine] noise must be 'gaussian' or 'banded' with several ranks but is {noise!r}"
-                )
-            if noise_key_file is not None:
-                raise ValueError("[PrivacyEngine] noise_key_file must be None with several ranks but is given")
+            refuse_with_ranks(noise, noise_key_file)
             self._ranks.agree("settings", (dataset_size, plan.outline(), accountant, steps, delta, target_epsilon))
         self._books = Books(
             plan,
