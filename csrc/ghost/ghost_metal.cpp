@@ -19,7 +19,7 @@ struct Sizes {  // as in ghost.metal
 };
 
 uint32_t checked(uint64_t n) {
-  if (n > std::numeric_limits<uint32_t>::max())
+  if (n > std::numeric_limits<int32_t>::max())
     throw std::runtime_error("[bulwark] a layer has too many rows or columns for Metal");
   return uint32_t(n);
 }
@@ -34,7 +34,7 @@ struct Norms {
       : stream(s), dy(&dy), segments(segments) {
     uint64_t rows = 1;
     for (size_t i = 1; i + 1 < dy.ndim(); i++) rows *= dy.shape(i);
-    checked(uint64_t(dy.shape(0)) * rows * 2);
+    checked(uint64_t(dy.shape(0)) * rows);
     sizes = {uint32_t(dy.shape(0)), uint32_t(rows), uint32_t(units), 0, uint32_t(dy.shape(-1))};
   }
 
