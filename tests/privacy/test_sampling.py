@@ -14,7 +14,6 @@ from mlx_bulwark.privacy.sampling import (
     FullSampler,
     PoissonSampler,
     ShuffleSampler,
-    choose,
 )
 from scipy import stats
 
@@ -108,16 +107,6 @@ def test_shuffles_are_uniform():
     counts = list({p: four.count(p) for p in set(four)}.values())
     assert len(counts) == 24
     assert usual(chi_square(counts, epochs / 24), 23)
-
-
-def test_choose_is_uniform():
-    words = Words()
-    drawn = [tuple(choose(6, 3, words)) for _ in range(3000)]
-    counts = [drawn.count(c) for c in set(drawn)]
-    assert len(counts) == 20
-    assert usual(chi_square(counts, 150), 19)
-    assert choose(3, 5, words).tolist() == [0, 1, 2]
-    assert choose(0, 5, words).tolist() == []
 
 
 def test_rows_of_units_are_chosen_uniformly():

@@ -185,13 +185,5 @@ def coins(units: Units, rate: float, words: DrawWords) -> Units:
     return drawn
 
 
-def choose(count: int, k: int, words: DrawWords) -> Units:
-    """k of ``count`` things, every choice alike, in ascending order; all of them where there are no more."""
-    if count <= k:
-        return np.arange(count)
-    order: Units = np.argsort(_uint64(words(2 * count)), kind="stable")
-    return np.sort(order[:k])
-
-
 def _uint64(words: mx.array) -> np.ndarray[Any, np.dtype[np.uint64]]:
     return np.array(words).view(np.uint64)
