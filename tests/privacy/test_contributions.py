@@ -101,6 +101,21 @@ def test_physical_batches_of_units_are_one_batch(backend, mode, reduction):
         np.testing.assert_allclose(updates[0][k], updates[1][k], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "more",
+    [{"units": np.arange(30) // 3, "max_rows_per_unit": 2}, {"augment": lambda *a: a, "multiplicity": 2}],
+)
+def test_rows_of_a_unit_without_their_ids_are_refused(backend, more):
+    x, scale = rows_of(30, 1)
+    e, model = engine(10 if "units" in more else 30), net()
+    f, optimizer = e.value_and_grad(model, loss_fn), e.wrap(optim.SGD(0.1))
+    (b,) = e.batches((x, scale), steps=1, microbatch_size=60, **more)
+    with pytest.raises(bw.PrivacyError, match=r"units must be given, as batch.units"):
+        f(model, *b.data, mask=b.mask)
+    optimizer.update(model, f(model, *b.data, mask=b.mask, units=b.units)[1])
+    assert e.steps == 1
+
+
 def test_copies_are_averaged_before_the_clip(backend):
     x, scale = rows_of(12, 5)
     shifts = np.linspace(-1, 1, 3, dtype=np.float32)

@@ -229,12 +229,12 @@ def test_calibration_knows_the_scheme(more):
 
 def test_a_run_across_epochs_counts_both():
     # ten steps from the middle of one epoch to that of the next, at another noise: an example may be in two of them
-    from mlx_bulwark.privacy.events import Event, Gaussian, Run, Shuffle, releases_of
+    from mlx_bulwark.privacy.events import Event, Gaussian, Release, Run, Shuffle, releases_of
 
     a, b = (Event(Shuffle(10, 10), Gaussian(s, 1.0)) for s in (1.0, 2.0))
-    assert releases_of([Run(a, 5), Run(b, 10), Run(a, 5)]) == ((1.0, 1.0, 2), (1.0, 2.0, 2))
-    assert releases_of([Run(a, 20)]) == ((1.0, 1.0, 2),)
-    assert releases_of([Run(a, 0), Run(b, 10)]) == ((1.0, 2.0, 1),)
+    assert releases_of([Run(a, 5), Run(b, 10), Run(a, 5)]) == (Release(1.0, 1.0, 2), Release(1.0, 2.0, 2))
+    assert releases_of([Run(a, 20)]) == (Release(1.0, 1.0, 2),)
+    assert releases_of([Run(a, 0), Run(b, 10)]) == (Release(1.0, 2.0, 1),)
 
 
 def train(e, batches, model, compiled):

@@ -32,8 +32,8 @@ class Batch:
 
     def __iter__(self) -> NoReturn:
         raise TypeError(
-            "[Batch] batch must be passed whole, f(model, batch), or as batch.data with mask=batch.mask and "
-            "last=batch.last, but was unpacked"
+            "[Batch] batch must be passed whole, f(model, batch), or as batch.data with its mask, units, "
+            "unit_reduction and last, but was unpacked"
         )
 
 

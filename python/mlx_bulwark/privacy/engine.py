@@ -159,7 +159,7 @@ class PrivacyEngine:
         self._sampling_key = random_key()  # of its own: a resumed run must not toss the same coins under its old key
         self._sampler = make_sampler(plan.sampling, dataset_size, None if secrets is None else secrets.partition)
         self._noised: dict[str, tuple[int, ...]] = {}  # shapes that banded noise is made for
-        self._unit = "example"
+        self._unit, self._joins_rows = "example", False
         self._sampling_counter = self._discrete_counter = 0
         self._tracing = False  # a compiled step of the engine's own is being traced
         self._counts_in_graph = False  # a compiled step of the user's own counts steps in the state
@@ -372,6 +372,7 @@ class PrivacyEngine:
             size = find_microbatch_size(self, *training, source, size, max_memory)
         if units is not None:
             self._unit = "unit (all its rows)"
+        self._joins_rows = self._joins_rows or source.rows_per_unit > 1
         return Batches(source, self._sampler, steps, size, self._sampling_words, lambda: self.steps)
 
     def compiled_step(

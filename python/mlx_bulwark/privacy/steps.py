@@ -51,6 +51,11 @@ def private_value_and_grad(engine: "PrivacyEngine", model: nn.Module, loss_fn: L
             units, unit_reduction = first.units, first.unit_reduction
         else:
             _refuse_out_of_order(engine, None)
+            if units is None and engine._joins_rows:
+                raise PrivacyError(
+                    "[value_and_grad] units must be given, as batch.units, but is None: several rows of a batch are "
+                    "one unit of privacy, and clipped one by one they would move the sums by more than is accounted"
+                )
         units = _checked(units, batch)
         return _loss_and_grad(engine, model, loss_fn, batch, mask, units, unit_reduction, last, plans)
 
