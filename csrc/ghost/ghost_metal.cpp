@@ -71,11 +71,11 @@ struct Norms {
     if (gram) {
       const uint64_t tile = gram_groups(64) >= MANY_GROUPS && rows_of_unit() > 32 ? 64 : 32;
       sizes.tiles = gram_tiles(tile), groups = gram_groups(tile);
-      name = "gram_" + std::to_string(tile);
+      name = "gram_" + std::to_string(size_t(tile));
     } else {
       const uint64_t tile = sizes.units * direct_tiles(64) >= MANY_GROUPS && sizes.d > 32 && sizes.p > 32 ? 64 : 32;
       sizes.tiles = checked(direct_tiles(tile)), sizes.across = across(tile), groups = sizes.units * direct_tiles(tile);
-      name = "direct_" + std::to_string(tile);
+      name = "direct_" + std::to_string(size_t(tile));
     }
     const auto partial = temporary(stream, {int(checked(groups))}, mx::float32);
     if (groups) {
