@@ -2,6 +2,7 @@
 
 import re
 from contextlib import contextmanager
+from pathlib import Path
 
 import mlx.core as mx
 import mlx_bulwark as bw
@@ -77,6 +78,11 @@ def expected():
     use_simulator()
     yield {family: results(family) for family in FAMILIES}
     _native.use_from_environment()
+
+
+def test_one_file_knows_metal():
+    files = Path(__file__).parents[2].glob("csrc/**/*.*")
+    assert [f.name for f in files if "mlx/backend/metal/" in f.read_text()] == ["launch_metal.cpp"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
