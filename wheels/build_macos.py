@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import check_macho
@@ -76,8 +77,8 @@ def cross_environment(mlx, folder):
     }
 
 
-def build(python, number, mlx, folder, out):
-    """The wheel for one interpreter."""
+def build(python, number, mlx, environment, folder, out):
+    """The wheel for one interpreter, with the headers and the library of ``mlx``, of whatever CPython that is."""
     venv = folder / f"venv-{number}"
     run(python, "-m", "venv", "--without-pip", venv)
     pip = [sys.executable, "-m", "pip", "--python", venv / "bin/python"]
@@ -91,7 +92,7 @@ def build(python, number, mlx, folder, out):
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # cmake and ninja
     }
     run(*pip, "wheel", "-v", "--no-build-isolation", "--no-deps", "--config-settings=install.strip=false",
-        "-w", out, HERE.parent, env=os.environ | cross_environment(mlx, folder) | target)  # fmt: skip
+        "-w", out, HERE.parent, env=os.environ | environment | target)  # fmt: skip
     (wheel,) = out.glob(f"*-cp{number.replace('.', '')}-*.whl")
     return wheel
 
@@ -104,20 +105,27 @@ def main():
     parser.add_argument("python", nargs="+", help="interpreter whose version, and headers, to build for")
     arguments = parser.parse_args()
     folder = (arguments.keep or Path(tempfile.mkdtemp())).resolve()
-    failed = False
+    numbers = {python: version(python) for python in arguments.python}
+    first, *rest = arguments.python
+
+    def build_and_check(python):
+        start = time.monotonic()
+        mlx = headers if python == first else fetch_mlx(numbers[python], folder / f"mlx-{numbers[python]}")
+        wheel = build(python, numbers[python], headers, environment, folder, arguments.out)
+        faults = check_macho.check_wheel(wheel, mlx, folder / "stubs", python)
+        print("\n  ".join([f"{wheel.name} ({time.monotonic() - start:.0f} s)", *(faults or ["OK"])]), flush=True)
+        return not faults
+
     try:
-        for python in arguments.python:
-            start = time.monotonic()
-            number = version(python)
-            mlx = fetch_mlx(number, folder / f"mlx-{number}")
-            wheel = build(python, number, mlx, folder, arguments.out)
-            faults = check_macho.check_wheel(wheel, mlx, folder / "stubs", python)
-            print(f"{wheel.name} ({time.monotonic() - start:.0f} s)", *(faults or ["OK"]), sep="\n  ", flush=True)
-            failed |= bool(faults)
+        headers = fetch_mlx(numbers[first], folder / f"mlx-{numbers[first]}")
+        environment = cross_environment(headers, folder)
+        sound = [build_and_check(first)]  # before the others, so that a cache of objects has something for them
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            sound += pool.map(build_and_check, rest)
     finally:
         if not arguments.keep:
             shutil.rmtree(folder)
-    sys.exit(failed)
+    sys.exit(not all(sound))
 
 
 if __name__ == "__main__":
