@@ -213,7 +213,7 @@ def train(args: types.SimpleNamespace, say: Callable[[str], None] = print) -> Fi
         _announce(figures, say)
         _save_config(args, figures, folder)
         try:
-            _steps(args, engine, model, rows, validation, figures, stop, say)
+            _steps(args, engine, model, rows, validation, figures, stop)
         except KeyboardInterrupt:
             figures.interrupted = True
         finally:
@@ -420,14 +420,13 @@ def _steps(
     validation: Any,
     figures: Figures,
     stop: Stop,
-    say: Callable[[str], None],
 ) -> None:
     optimizer = engine.wrap(_optimizer(args))
     step = engine.compiled_step(model, optimizer, token_loss)
     batches: Batches = engine.batches(rows.data, steps=args.iters, microbatch_size=args.microbatch_size)
     folder, first = Path(args.adapter_path), engine.steps
     total, weight = mx.array(0.0), mx.array(0)
-    _validate(args, model, validation, 0, figures, say)
+    _validate(args, model, validation, engine.steps, figures)
     model.train()
     took = 0.0
     with tqdm(total=args.iters, unit="step", desc="Training") as bar:
@@ -452,7 +451,7 @@ def _steps(
                 _save(model, folder / "adapters.safetensors")
                 _save(model, folder / f"{engine.steps:07d}_adapters.safetensors")
             if done % args.steps_per_eval == 0 or done == args.iters:
-                _validate(args, model, validation, engine.steps, figures, say)
+                _validate(args, model, validation, engine.steps, figures)
                 model.train()
             stop.check()
 
@@ -464,14 +463,7 @@ def _progress(engine: PrivacyEngine, args: types.SimpleNamespace, total: mx.arra
     return text
 
 
-def _validate(
-    args: types.SimpleNamespace,
-    model: Any,
-    validation: Any,
-    step: int,
-    figures: Figures,
-    say: Callable[[str], None],
-) -> None:
+def _validate(args: types.SimpleNamespace, model: Any, validation: Any, step: int, figures: Figures) -> None:
     if validation is None or args.val_batches == 0:
         return
     loss = _evaluate(args, model, validation, args.val_batches)
