@@ -235,6 +235,19 @@ def test_a_run_goes_on_with_the_same_noise(tmp_path):
     assert not any(w in (tmp_path / "state.json").read_text() for w in words)
 
 
+def test_a_run_that_goes_on_has_the_same_parameters(tmp_path):
+    from mlx_bulwark.privacy.optimizer import ClippedGradients
+
+    files = {"ledger": tmp_path / "ledger", "noise_key_file": tmp_path / "noise.key"}
+    first = banded_engine(10, **files)
+    train(first, 2, loss=no_loss)
+    first.close()
+    assert files["noise_key_file"].stat().st_mode & 0o777 == 0o600
+    second = banded_engine(10, **files)
+    with pytest.raises(bw.PrivacyError, match="must be those that"):
+        second._release(ClippedGradients(second, {"weight": mx.zeros((2,))}, mx.zeros((0,)), mx.array(0), True))
+
+
 def test_without_its_key_a_run_begins_anew(tmp_path):
     first = banded_engine(10, ledger=tmp_path / "ledger")
     train(first, 5, loss=no_loss)

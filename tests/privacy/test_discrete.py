@@ -98,8 +98,23 @@ def test_grid_never_has_less_noise_than_is_accounted(sigma, norm):
     assert norm / float(step) >= (2**10 if sigma <= 1000 else 2**8)
 
 
+@pytest.mark.parametrize(("sigma", "norm"), [(1.0, 1.0), (0.7, 0.3), (1.3, 0.9), (33.3, 3.1), (1e-4, 7.0)])
+def test_chosen_grids_have_enough_noise(sigma, norm):
+    grid = make_grid(sigma, norm)
+    wanted = (Fraction(sigma) * Fraction(norm) / Fraction(2) ** grid.exponent) ** 2
+    assert wanted <= grid.m * grid.t <= wanted + grid.t
+
+
 def exact_on_grid(values, grid):
     return [int(Fraction(float(np.float32(v))) / Fraction(2) ** grid.exponent) for v in values]  # int() truncates
+
+
+def test_truncation_of_chosen_values():
+    step = 2.0**-20
+    values = [1.7, -1.7, 0.999, -0.999, 2.5, -3.5, 7.0, -7.0, 0.0, 1e5 + 0.75]
+    ints, within = on_grid({"w": mx.array([v * step for v in values])}, make_grid(1.0, 1.0))
+    assert within.item()
+    assert ints["w"].tolist() == [1, -1, 0, 0, 2, -3, 7, -7, 0, 100_000]
 
 
 @settings(max_examples=100, deadline=None)

@@ -159,6 +159,7 @@ class PrivacyEngine:
         self._sampling_key = random_key()  # of its own: a resumed run must not toss the same coins under its old key
         self._sampler = make_sampler(plan.sampling, dataset_size, None if secrets is None else secrets.partition)
         self._noised: dict[str, tuple[int, ...]] = {}  # shapes that banded noise is made for
+        self._noise_key_file = noise_key_file
         self._unit, self._joins_rows = "example", False
         self._sampling_counter = self._discrete_counter = 0
         self._tracing = False  # a compiled step of the engine's own is being traced
@@ -683,7 +684,7 @@ class PrivacyEngine:
         trial = object.__new__(PrivacyEngine)
         vars(trial).update(vars(self))
         trial._books, trial._accumulated = self._books.rehearsal(), {}
-        trial._counts_in_graph = False
+        trial._counts_in_graph, trial._noised, trial._noise_key_file = False, {}, None
         trial.state = new_state(trial.event, self._clipping, 0)
         return trial
 

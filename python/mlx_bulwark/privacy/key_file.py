@@ -54,6 +54,21 @@ def keep_noise_key(path: str | os.PathLike[str], books: Books) -> Secrets:
     return secrets
 
 
+def keep_shapes(path: str | os.PathLike[str], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Write beside the key what parameters its noise is for, or refuse others than those that are written."""
+    file, named = os.fspath(path), {name: list(shape) for name, shape in shapes.items()}
+    content = json.loads(Path(file).read_text())
+    if "shapes" not in content:
+        temporary = f"{file}.{os.getpid()}.new"
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as out:
+            json.dump({**content, "shapes": named}, out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, file)
+    elif content["shapes"] != named:
+        raise PrivacyError(f"[update] trainable parameters must be those that {file} is for but are others")
+
+
 def _resume(file: str, books: Books) -> Secrets:
     if os.stat(file).st_mode & 0o077:
         raise PrivacyError(f"[PrivacyEngine] {file} must be readable by its owner alone (chmod 600) but is not")

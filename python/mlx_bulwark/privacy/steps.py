@@ -17,6 +17,7 @@ from .discrete_gradients import integer_loss_and_grad
 from .distributed import Ranks
 from .events import Banded, CyclicPoisson, Discrete, Shuffle
 from .gradients import LossFunction, batch_size_of, clipped_sums, to_mlx
+from .key_file import keep_shapes
 from .optimizer import ClippedGradients, PrivateOptimizer
 from .state import is_traced
 from .taps import Planned, PrivacyError
@@ -212,6 +213,8 @@ def _noised(engine: "PrivacyEngine", sums: dict[str, mx.array], counter: mx.arra
 
 def _refuse_other_shapes(engine: "PrivacyEngine", sums: dict[str, mx.array]) -> None:
     shapes = {path: s.shape for path, s in sums.items()}
+    if not engine._noised and engine._noise_key_file is not None:
+        keep_shapes(engine._noise_key_file, shapes)
     engine._noised = engine._noised or shapes
     if shapes != engine._noised:
         raise PrivacyError("[update] trainable parameters must stay the same in a run with banded noise but changed")
