@@ -248,7 +248,7 @@ def lost(folder, group, how, compiled):
             mx.eval(model.state, optimizer.state, engine.state)
             steps += batch.last
             if steps == 2:  # not before: the first steps are traced, which may take long on a busy machine
-                engine._ranks.timeout = 4.0 if how == signal.SIGSTOP else 100.0
+                engine._ranks.timeout = 4.0 if how == signal.SIGSTOP else 20.0
     except bw.PrivacyError as e:
         seen = {"error": str(e), "steps": engine.steps, "kept": bool((flat(model) == before).all())}
         try:
