@@ -29,6 +29,8 @@ from .state import new_state, set_scale
 from .steps import LossAndGrad, compiled_step, private_value_and_grad, release
 from .validate import Fix, ValidationReport, fix, validate
 
+WORDS_AHEAD = 1 << 14
+
 
 class PrivacyEngine:
     """Differentially private training: clipping, noise, sampling and accounting for one model.
@@ -160,6 +162,7 @@ class PrivacyEngine:
         self._sampler = make_sampler(plan.sampling, dataset_size, None if secrets is None else secrets.partition)
         self._noised: dict[str, tuple[int, ...]] = {}  # shapes that banded noise is made for
         self._noise_key_file = noise_key_file
+        self._words = np.empty(0, np.uint64)  # drawn for discrete noise and not yet used
         self._unit, self._joins_rows = "example", False
         self._sampling_counter = self._discrete_counter = 0
         self._tracing = False  # a compiled step of the engine's own is being traced
@@ -669,9 +672,13 @@ class PrivacyEngine:
 
     def _discrete_words(self, n: int) -> Any:
         self._books.refuse_fork()
-        words = random_bits((2 * n,), self.state["noise"]["key"], self._discrete_counter, domain="discrete")
-        self._discrete_counter += bit_blocks_used((2 * n,))
-        return np.array(words).view(np.uint64)
+        if n > len(self._words):  # rejection asks for a few at a time: they are drawn in larger pieces
+            more = max(n, WORDS_AHEAD)
+            fresh = random_bits((2 * more,), self.state["noise"]["key"], self._discrete_counter, domain="discrete")
+            self._discrete_counter += bit_blocks_used((2 * more,))
+            self._words = np.concatenate([self._words, np.array(fresh).view(np.uint64)])
+        words, self._words = self._words[:n], self._words[n:]
+        return words
 
     def _sampling_words(self, n: int) -> mx.array:
         self._books.refuse_fork()
@@ -685,6 +692,7 @@ class PrivacyEngine:
         vars(trial).update(vars(self))
         trial._books, trial._accumulated = self._books.rehearsal(), {}
         trial._counts_in_graph, trial._noised, trial._noise_key_file = False, {}, None
+        trial._words = np.empty(0, np.uint64)
         trial.state = new_state(trial.event, self._clipping, 0)
         return trial
 
