@@ -142,6 +142,14 @@ class PrivateTuner:
 
         Returns:
             Loss and number of tokens.
+
+        Example:
+            >>> import mlx.core as mx, mlx.nn as nn, mlx.optimizers as optim, mlx_bulwark as bw
+            >>> engine = bw.PrivacyEngine(100, batch_size=10, noise_multiplier=1.0, max_grad_norm=1.0)
+            >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
+            >>> tuner = bw.PrivateTuner(engine, model, optim.Adam(1e-4))
+            >>> tuner.loss(model, mx.array([[1, 2, 3]]), mx.array([[0, 3]]), mx.array([True]))[1].item()
+            0
         """
         if mask is None:
             from mlx_lm.tuner.trainer import default_loss
@@ -167,6 +175,15 @@ class PrivateTuner:
 
         Raises:
             PrivacyError: A step was left out or is past the planned ones.
+
+        Example:
+            >>> import mlx.nn as nn, mlx.optimizers as optim, mlx_bulwark as bw
+            >>> engine = bw.PrivacyEngine(100, batch_size=100, noise_multiplier=1.0, max_grad_norm=1.0)
+            >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 10))
+            >>> tuner = bw.PrivateTuner(engine, model, optim.Adam(1e-4))
+            >>> tokens, spans, mask = next(tuner.iterate_batches([([1, 2, 3], 0)] * 100, 1, 64, loop=True))
+            >>> int(mask.sum().item())
+            100
         """
         if not loop:
             from mlx_lm.tuner.trainer import iterate_batches

@@ -54,7 +54,17 @@ class ValidationReport:
         return sum(r.frozen_parameters for r in self.layers)
 
     def to_json(self) -> str:
-        """Return the report as JSON."""
+        """Return the report as JSON.
+
+        Returns:
+            An object with ``is_valid`` and one entry a layer.
+
+        Example:
+            >>> import mlx.nn as nn, mlx_bulwark as bw
+            >>> engine = bw.PrivacyEngine(100, batch_size=10, noise_multiplier=1.0, max_grad_norm=1.0)
+            >>> '"is_valid": true' in engine.validate(nn.Linear(2, 2)).to_json()
+            True
+        """
         return json.dumps({"is_valid": self.is_valid, "layers": [asdict(r) for r in self.layers]}, indent=2)
 
     def __str__(self) -> str:
