@@ -267,3 +267,14 @@ def test_a_discrete_ledger_is_accounted_by_rdp(tmp_path):
     e = engine(ledger=path, noise="discrete")
     train(e, 2)
     assert bw.ledger_epsilon(path, 1e-3) == e.epsilon(1e-3)
+
+
+def test_nothing_of_a_long_torn_line_is_left(tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    e = engine(ledger=path)
+    train(e, 1)
+    e.close()
+    path.write_bytes(path.read_bytes() + b"\0" * 4096)
+    train(engine(ledger=path), 1)
+    assert path.read_bytes().endswith(b"}\n")
+    assert read_ledger(path).steps == 2
