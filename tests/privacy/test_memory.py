@@ -1,3 +1,5 @@
+import gc
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -33,6 +35,12 @@ def make(**more):
     return e, Net(), e.wrap(optim.Adam(1e-3)), x
 
 
+def beside_what_is_held(size):
+    """Budget for this test alone: other tests of the process may have left arrays."""
+    gc.collect()
+    return mx.get_active_memory() + size
+
+
 def peak_of_training(e, model, optimizer, batches, compiled):
     step, f = e.compiled_step(model, optimizer, loss_fn), e.value_and_grad(model, loss_fn)
     mx.eval(model.state, optimizer.state)
@@ -54,13 +62,14 @@ def peak_of_training(e, model, optimizer, batches, compiled):
 def test_training_stays_within_the_budget_and_uses_it(backend, compiled, mebibytes, capsys):
     if backend == "metal-sim":
         pytest.skip("memory of the simulator is its own")
+    size = mebibytes * 2**20
+    budget = beside_what_is_held(size)
     e, model, optimizer, x = make()
-    budget = mebibytes * 2**20
     batches = e.batches(x, steps=3, max_memory=budget, training=(model, optimizer, loss_fn))
     assert f"microbatch_size {batches.microbatch_size}: peak of" in capsys.readouterr().out
     peak = peak_of_training(e, model, optimizer, batches, compiled)
     assert peak <= budget
-    assert peak > budget / 3
+    assert peak > budget - size + size / 3
     assert e.steps == 3
     too_large = e.batches(x, steps=2, microbatch_size=3 * batches.microbatch_size)
     assert peak_of_training(e, model, optimizer, too_large, compiled) > budget
@@ -72,18 +81,20 @@ def test_a_step_that_is_no_line_is_measured_until_it_fits():
         more = mx.full((1448, 1448), x[0, 0, 0]).sum() if x.shape[0] > 40 else mx.array(0.0)
         return loss_fn(model, x) + mx.stop_gradient(0 * more)
 
+    budget = beside_what_is_held(5 * 2**20)
     e, model, optimizer, x = make()
-    batches = e.batches(x, steps=1, max_memory=5 * 2**20, training=(model, optimizer, jumping))
+    batches = e.batches(x, steps=1, max_memory=budget, training=(model, optimizer, jumping))
     assert 35 <= batches.microbatch_size <= 40
 
 
 def test_trial_steps_leave_no_trace():
+    budget = beside_what_is_held(8 * 2**20)
     e, model, optimizer, x = make(steps=3, delta=1e-6)
     mx.random.seed(7)
     mx.eval(mx.random.normal((3,)))
     before = {k: np.array(p) for k, p in tree_flatten(model.parameters())}
     key, generator = np.array(e.state["noise"]["counter"]), np.array(mx.random.state[0])
-    e.batches(x, max_memory=8 * 2**20, training=(model, optimizer, loss_fn))
+    e.batches(x, max_memory=budget, training=(model, optimizer, loss_fn))
     assert all((before[k] == np.array(p)).all() for k, p in tree_flatten(model.parameters()))
     assert (key == np.array(e.state["noise"]["counter"])).all()
     assert (generator == np.array(mx.random.state[0])).all()
@@ -112,9 +123,10 @@ def test_every_kind_of_engine_can_be_measured(more):
 
 
 def test_an_engine_with_discrete_noise_can_be_measured():
+    budget = beside_what_is_held(2**21)
     e, model, optimizer, x = make(noise="discrete")
     training = (model, optimizer, loss_fn)
-    assert e.batches(x, steps=1, max_memory=2**21, training=training).microbatch_size >= 4
+    assert e.batches(x, steps=1, max_memory=budget, training=training).microbatch_size >= 4
 
 
 def test_a_large_budget_gives_the_usual_size():
@@ -124,9 +136,10 @@ def test_a_large_budget_gives_the_usual_size():
 
 
 def test_units_and_copies_are_never_divided():
+    budget = beside_what_is_held(3 * 2**20)
     e, model, optimizer, x = make()
     batches = e.batches(
-        x, steps=1, max_memory=3 * 2**20, training=(model, optimizer, loss_fn), augment=lambda x: x, multiplicity=5
+        x, steps=1, max_memory=budget, training=(model, optimizer, loss_fn), augment=lambda x: x, multiplicity=5
     )
     assert 5 <= batches.microbatch_size < 200
 
