@@ -13,7 +13,7 @@ from dp_accounting.rdp import RdpAccountant
 from mlx_bulwark.privacy import schedules
 from mlx_bulwark.privacy.events import Event, Gaussian, Poisson, Release, Run, composed_epsilon
 from scipy import stats
-from training import N, data, engine, flat, loss_fn, no_loss, train
+from training import N, Net, data, engine, flat, loss_fn, no_loss, train
 
 Q = 16 / N
 
@@ -95,7 +95,6 @@ def test_compiled_step_does_not_retrace_for_a_schedule():
 
 def test_a_users_compiled_step_cannot_follow_a_schedule(backend):
     import mlx.optimizers as optim
-    from training import Net
 
     for more in ({"noise_multiplier": schedules.constant(1.0)}, {"target_epsilon": 3.0, "delta": 1e-3}):
         e = engine(**more)
@@ -226,7 +225,6 @@ def test_a_changed_state_is_refused(tmp_path, change, says):
 
 def test_steps_of_a_users_compiled_step_are_saved(tmp_path):
     import mlx.optimizers as optim
-    from training import Net
 
     e = engine()
     model, optimizer = Net(), e.wrap(optim.SGD(0.1))

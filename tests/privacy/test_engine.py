@@ -4,7 +4,6 @@ import os
 import pickle
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import mlx_bulwark as bw
 import numpy as np
@@ -12,23 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_bulwark.privacy.gradients import clipped_sums
 from scipy import stats
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = [nn.Linear(6, 40), nn.Linear(40, 3)]
-
-    def __call__(self, x):
-        return self.layers[1](nn.relu(self.layers[0](x)))
-
-
-def loss_fn(model, x, y):
-    return nn.losses.cross_entropy(model(x), y, reduction="none")
-
-
-def no_loss(model, x, y):
-    return 0 * loss_fn(model, x, y)
+from training import Net, loss_fn, no_loss
 
 
 def make(seed=0, N=64):
