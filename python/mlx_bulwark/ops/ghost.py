@@ -618,7 +618,8 @@ def _grads_reference(call: _Call) -> LayerGradients:
     weight = _by_unit(call.segments, call.units, weight.flatten(1, 2))
     if not call.bias:
         return LayerGradients(weight, None)
-    sums = d.sum(axis=2).flatten(1)
+    # contiguous: MLX 0.32.3 may never come back from the sum of a transposed array without rows
+    sums = mx.contiguous(d).sum(axis=2).flatten(1)
     return LayerGradients(weight, _by_unit(call.segments, call.units, sums))
 
 
@@ -628,7 +629,7 @@ def _clipped_sum_reference(call: _Call, factors: mx.array) -> LayerGradients:
     u, d = mx.where(f == 0, 0.0, u), mx.where(f == 0, 0.0, f * d)
     u, d = (a.swapaxes(0, 1).flatten(1, 2) for a in (u, d))
     weight = (d.swapaxes(1, 2) @ u).flatten(0, 1)
-    return LayerGradients(weight, _sum_of_rows(d.swapaxes(0, 1)).flatten() if call.bias else None)
+    return LayerGradients(weight, _sum_of_rows(mx.contiguous(d.swapaxes(0, 1))).flatten() if call.bias else None)
 
 
 def _sq_norms_reference(call: _Call, method: str) -> mx.array:
