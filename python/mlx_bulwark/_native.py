@@ -70,6 +70,12 @@ def backend() -> Backend:
     )
 
 
+def installed_mlx() -> str:
+    """Version of the MLX that is imported, without a local part."""
+    version: str = mx.__version__.split("+")[0]  # type: ignore[attr-defined]  # MLX's stubs leave it out
+    return version
+
+
 def _load() -> str | None:
     """Import the extension; return a reason in words where that cannot be.
 
@@ -82,7 +88,7 @@ def _load() -> str | None:
         from . import _built
     except ImportError:
         return "the package holds no native extension; `pip install .` in its sources builds it"
-    installed = mx.__version__.split("+")[0]  # type: ignore[attr-defined]
+    installed = installed_mlx()
     if installed != _built.MLX:
         return (
             f"the extension was built for mlx {_built.MLX} but mlx {installed} is installed; "

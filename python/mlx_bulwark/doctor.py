@@ -181,7 +181,7 @@ def _installation() -> Report:
     from . import __version__
 
     reason = _native._load()
-    installed = mx.__version__.split("+")[0]  # type: ignore[attr-defined]
+    installed = _native.installed_mlx()
     built = _built_for()
     darwin = sys.platform == "darwin"
     system = f"macOS {platform.mac_ver()[0]}" if darwin else f"{platform.system()} {platform.release()}"

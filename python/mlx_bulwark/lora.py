@@ -136,7 +136,7 @@ def settings(given: dict[str, Any], config: Path | None = None) -> types.SimpleN
     Raises:
         SettingError: the file cannot be read, or a setting cannot be used.
     """
-    import yaml  # type: ignore[import-untyped]
+    import yaml
     from mlx_lm.lora import CONFIG_DEFAULTS, yaml_loader
 
     defaults = CONFIG_DEFAULTS | DEFAULTS

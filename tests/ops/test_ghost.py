@@ -307,7 +307,10 @@ def test_convolutions(backend, name, segments):
     bias = np64(dy).reshape(3, -1, p).sum(1)
     assert_convolution(x, dy, kernel, options, want, bias, None if segments is None else mx.array(segments))
     if segments is None and not (axes == 3 and "groups" in options):  # and MLX agrees
-        loss = lambda w: (FORWARD[axes](x, w, **options) * dy).sum()  # noqa: E731
+
+        def loss(w):
+            return (FORWARD[axes](x, w, **options) * dy).sum()
+
         np.testing.assert_allclose(np64(mx.grad(loss)(weight)), want.sum(0), rtol=1e-3, atol=1e-3)
 
 
@@ -317,7 +320,10 @@ def test_transposed_convolutions(backend, name):
     axes = len(shape) - 1
     sizes = (kernel,) * axes if isinstance(kernel, int) else kernel
     x, weight = rand((3, *shape)), rand((p, *sizes, shape[-1]))
-    f = lambda w, x: TRANSPOSED[axes](x, w, **options)  # noqa: E731
+
+    def f(w, x):
+        return TRANSPOSED[axes](x, w, **options)
+
     dy = rand(f(weight, x).shape, seed=1)
     want = np.stack(
         [np64(mx.grad(lambda w, b=b: (f(w, x[b : b + 1]) * dy[b : b + 1]).sum())(weight)) for b in range(3)]
@@ -327,7 +333,10 @@ def test_transposed_convolutions(backend, name):
 
 def test_transposed_convolution_with_groups(backend):
     x, weight = rand((3, 6, 4)), rand((6, 3, 2))
-    f = lambda w, x: mx.conv_transpose1d(x, w, stride=2, padding=1, groups=2)  # noqa: E731
+
+    def f(w, x):
+        return mx.conv_transpose1d(x, w, stride=2, padding=1, groups=2)
+
     dy = rand(f(weight, x).shape, seed=1)
     # the two groups one beside the other, since MLX has no gradient of grouped transposed convolutions
     want = np.zeros((3, 6, 3, 2))

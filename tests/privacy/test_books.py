@@ -101,7 +101,11 @@ def test_a_users_compiled_step_cannot_follow_a_schedule(backend):
         model, optimizer = Net(), e.wrap(optim.SGD(0.1))
         f, (x, y) = e.value_and_grad(model, loss_fn), data()
         state = [model.state, e.state]
-        step = mx.compile(lambda x, y: optimizer.update(model, f(model, x, y)[1]), inputs=state, outputs=state)  # noqa: B023
+
+        def update(x, y, model=model, optimizer=optimizer, f=f):
+            optimizer.update(model, f(model, x, y)[1])
+
+        step = mx.compile(update, inputs=state, outputs=state)
         with pytest.raises(bw.PrivacyError, match="where there is a schedule"):
             step(mx.array(x), mx.array(y))
 
