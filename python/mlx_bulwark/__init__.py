@@ -25,6 +25,7 @@ from .ops.noise import (
     random_bits,
     random_key,
 )
+from .ops.smooth import count_votes, noisy_copies
 from .privacy import (
     AdaptiveClipping,
     Batch,
@@ -77,6 +78,7 @@ __all__ = [
     "conv_clipped_sum",
     "conv_sample_grads",
     "conv_sq_norms",
+    "count_votes",
     "embedding_clipped_sum",
     "embedding_linear_products",
     "embedding_sq_norms",
@@ -88,6 +90,7 @@ __all__ = [
     "linear_clipped_sum",
     "linear_sample_grads",
     "linear_sq_norms",
+    "noisy_copies",
     "random_bits",
     "random_key",
     "sample_sq_norms",

@@ -25,7 +25,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from . import _native
-from .ops import clip, ghost, noise
+from .ops import clip, ghost, noise, smooth
 
 TIME_LIMIT = 600.0  # seconds of a child process; compiling all Metal kernels takes some ten
 SIZE = 10_003
@@ -395,6 +395,27 @@ def _embedding_linear_products() -> Iterator[Case]:
     for dtype in TOLERANCES:
         run = partial(ghost.embedding_linear_products, *_lookups(dtype), *_layer(dtype), **SEGMENTS)
         yield Case(_name(dtype), run)
+
+
+@_op
+def _noisy_copies() -> Iterator[Case]:
+    for dtype, tolerance in TOLERANCES.items():
+        for distribution in smooth.DISTRIBUTIONS:
+            run = partial(smooth.noisy_copies, _normals((31, 33), dtype), 10, 0.5, KEY, COUNTER)
+            yield Case(f"{_name(dtype)}, {distribution}", partial(run, distribution=distribution), tolerance)
+    x = mx.arange(SIZE) / SIZE
+    yield Case("clipped", partial(smooth.noisy_copies, x, 2, 0.5, KEY, COUNTER, bounds=(0, 1)))
+    # Where the noise is off by an ulp, a value in the middle between two of the grid may go to the other.
+    run = partial(smooth.noisy_copies, x, 2, 0.5, KEY, COUNTER, bounds=(0, 1), levels=1001)
+    yield Case("grid", run, 1.001e-3)
+
+
+@_op
+def _count_votes() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        for classes in (10, 1001):
+            run = partial(smooth.count_votes, _normals((77, classes), dtype), mx.arange(classes + 1, dtype=mx.int32))
+            yield Case(f"{_name(dtype)}, {classes} classes", run, 0.0)
 
 
 # Running them.
