@@ -12,8 +12,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import mlx_bulwark as bw
 import numpy as np
+from fixed_keys import fix_keys
 from mlx.utils import tree_flatten
-from mlx_bulwark.ops.noise import random_key
 from mlx_bulwark.privacy import state
 
 N, STEPS = 53, 2
@@ -132,7 +132,7 @@ def counted(group):
     for sampling, options in (
         ("poisson", {"sample_rate": 0.3}),
         ("cyclic_poisson", {"sample_rate": 0.25, "cycle_length": 4}),
-        ("shuffle", {"batch_size": 8}),
+        ("shuffle", {"batch_size": 12}),
     ):
         n = 48
         ids = shard((np.arange(n),), group)
@@ -144,7 +144,7 @@ def counted(group):
     return found
 
 
-def refusals(group):
+def refusals(group, folder):
     rank, settings = group.rank(), {"batch_size": 10, "noise_multiplier": 1.0, "max_grad_norm": 1.0, "group": group}
     messages = []
 
@@ -159,31 +159,42 @@ def refusals(group):
     engine = bw.PrivacyEngine(N, **settings)
     refused(engine.batches, data(), steps=1)
     refused(engine.batches, np.zeros(N if rank else 0), steps=1)
+    engine.batches(shard(data(), group), steps=1)
+    moved = 27 - 9 * rank if group.size() == 2 else [19, 17, 17, *[13] * 9][rank]
+    refused(engine.batches, np.zeros(moved), steps=1)
     refused(engine.value_and_grad, nn.Linear(3, 3 + rank), loss_fn)
     model = make_model(rank)
     model.layers[0].freeze()
     refused(engine.value_and_grad, model, loss_fn)
     shuffled = bw.PrivacyEngine(N, sampling="shuffle", **settings)
     refused(shuffled.batches, shard(data(), group), steps=1)
-    refused(bw.PrivacyEngine, N, noise="discrete", **settings)
-    refused(bw.PrivacyEngine, N, noise_key_file="key", **settings)
-    refused(engine.batches, shard(data(), group), steps=1, max_memory=1 << 30)
-    return {"messages": np.array(messages)}
+    first = bw.PrivacyEngine(N, ledger=folder / "in use", **settings)
+    refused(bw.PrivacyEngine, N, ledger=folder / "in use", **settings)
+    first.close()
+    model = make_model()
+    training = (model, engine.wrap(optim.SGD(0.1)), loss_fn)
+    refused(engine.batches, shard(data(), group), steps=1, max_memory=64, training=training)
+    batches = engine.batches(shard(data(), group), steps=1, max_memory=1 << 30, training=training)
+    little = bw.PrivacyEngine(N, noise="discrete", **{**settings, "noise_multiplier": 1e-4})
+    model = make_model()
+    gradients = little.value_and_grad(model, loss_fn)(model, *shard(data(), group))[1]
+    refused(little.wrap(optim.SGD(0.1)).update, model, gradients)
+    return {"messages": np.array(messages), "microbatch_size": batches.microbatch_size}
 
 
 def checked(group):
     """What engine.check says of sound ranks, and of ranks whose keys are the same."""
-    messages = []
+    messages, keys = [], state.random_key
     for sound in (True, False):
         calls = itertools.count()
-        state.random_key = random_key if sound else lambda calls=calls: bw.key_from_seed(next(calls))
+        state.random_key = keys if sound else lambda calls=calls: bw.key_from_seed(next(calls))
         engine = bw.PrivacyEngine(N, batch_size=10, noise_multiplier=1.0, max_grad_norm=1.0, group=group)
         try:
             engine.check(make_model(), tuple(a[:2] for a in data()), loss_fn)
             messages.append("sound")
         except bw.PrivacyError as e:
             messages.append(str(e))
-    state.random_key = random_key
+    state.random_key = keys
     return {"messages": np.array(messages)}
 
 
@@ -205,9 +216,93 @@ def resumed(group, folder):
     return {"spent": np.array(found), "files": np.array(sorted(f.name for f in mine.iterdir()))}
 
 
+def with_a_key_file(group, folder):
+    """Banded noise over two sessions of a run, and key files that do not belong together."""
+    rank = group.rank()
+    mine = folder / f"keys{rank}"
+    mine.mkdir()
+    key_file = mine / f"key.{rank}"
+    x = shard((np.zeros((N, 300), np.float32),), group)
+
+    def begin(ledger="ledger"):
+        return bw.PrivacyEngine(
+            N,
+            sampling="cyclic_poisson",
+            cycle_length=4,
+            sample_rate=0.25,
+            noise="banded",
+            noise_multiplier=3.0,
+            max_grad_norm=0.2,
+            steps=8,
+            ledger=mine / ledger,
+            noise_key_file=mine / "key",
+            group=group,
+        )
+
+    moves, groups = [], []
+    for session in range(2):
+        engine, model = begin(), nn.Linear(300, 1, bias=False)
+        loss = lambda m, x: 0 * m(x).sum(1)  # noqa: E731
+        after = train(engine, model, x, session == 0, loss, 5 - 2 * session, optim.SGD(1.0))
+        moves.append((after[:-1] - after[1:]) * engine.expected_batch_size / (3.0 * 0.2))
+        groups.append(engine._sampler.groups)
+        engine.close()
+    written, messages = key_file.read_text(), []
+
+    def refused(ledger="ledger"):
+        try:
+            begin(ledger)
+            messages.append("nothing")
+        except bw.PrivacyError as e:
+            messages.append(str(e))
+        key_file.write_text(written)
+
+    content = json.loads(written)
+    key_file.write_text(json.dumps({**content, "ranks": group.size() + 1}))
+    refused()
+    if rank == 1:
+        key_file.unlink()
+    refused()
+    os.chmod(key_file, 0o600)
+    if rank == 1:
+        key_file.write_text(json.dumps({**content, "run": "another"}))
+    refused()
+    refused("another ledger")
+    return {
+        "moves": np.concatenate(moves),
+        "groups": np.stack(groups),
+        "sessions": len({run.session for run in engine.runs}),
+        "key": np.array(content["key"], np.uint32),
+        "mode": key_file.stat().st_mode & 0o777,
+        "messages": np.array(messages),
+    }
+
+
+def discrete_sums(group=None):
+    """The released mean of a step without noise."""
+    engine = bw.PrivacyEngine(
+        N, sampling="full", noise="discrete", noise_multiplier=0.0, max_grad_norm=1.0, group=group
+    )
+    model = make_model()
+    rows = shard(data(), group) if group else data()
+    released = engine._release(engine.value_and_grad(model, loss_fn)(model, *rows)[1])
+    return np.concatenate([np.array(released[p]).ravel() for p in sorted(released)]) * N
+
+
+def discrete(group):
+    settings = {"sampling": "full", "noise": "discrete", "noise_multiplier": 3.0, "max_grad_norm": 1.0}
+    engine, model = bw.PrivacyEngine(64, group=group, **settings), nn.Linear(100, 20)
+    rows = mx.zeros((2, 100))
+    f = engine.value_and_grad(model, lambda m, x: 0 * m(x).sum(1))
+    released = [engine._release(f(model, rows)[1]) for _ in range(3)]
+    noise = np.stack([np.concatenate([np.array(r[p]).ravel() for p in sorted(r)]) for r in released])
+    return {"noise": noise * 64, "sums": discrete_sums(group)}
+
+
 def figures(folder, group):
-    np.savez(folder / f"resumed{group.rank()}.npz", **resumed(group, folder))
-    for scenario in (checked, refusals, counted, with_noise):
+    for scenario in (resumed, refusals, with_a_key_file):
+        np.savez(folder / f"{scenario.__name__}{group.rank()}.npz", **scenario(group, folder))
+    for scenario in (checked, counted, with_noise, discrete):
         np.savez(folder / f"{scenario.__name__}{group.rank()}.npz", **scenario(group))
     np.savez(folder / f"without_noise{group.rank()}.npz", **without_noise(group))
 
@@ -271,4 +366,6 @@ def stops(folder, group):
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]](Path(sys.argv[2]), mx.distributed.init(backend="ring", strict=True))
+    group = mx.distributed.init(backend="ring", strict=True)
+    fix_keys(group.rank())
+    globals()[sys.argv[1]](Path(sys.argv[2]), group)

@@ -280,6 +280,18 @@ def test_a_wrong_key_file_is_refused(tmp_path):
     assert str(secret) not in str(caught.value)
 
 
+def test_a_key_file_without_the_steps_of_its_run_is_refused(tmp_path):
+    key = tmp_path / "noise.key"
+    e = banded_engine(10, ledger=tmp_path / "one", noise_key_file=key)
+    e.close()
+    e = banded_engine(10, ledger=tmp_path / "one", noise_key_file=key)  # nothing was released
+    train(e, 3, loss=no_loss)
+    e.close()
+    for _ in range(2):  # the refused engine does not hold the ledger
+        with pytest.raises(bw.PrivacyError, match="must hold the steps that were taken under"):
+            banded_engine(10, ledger=tmp_path / "another", noise_key_file=key)
+
+
 def test_check_sees_through_the_correlation(backend):
     from training import Net, data, loss_fn
 

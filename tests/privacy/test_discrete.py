@@ -12,7 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_bulwark.privacy import schedules
-from mlx_bulwark.privacy.discrete import add_discrete, discrete_gaussian, discrete_laplace, make_grid, on_grid
+from mlx_bulwark.privacy.discrete import (
+    LEAST_SHARE,
+    add_discrete,
+    discrete_gaussian,
+    discrete_laplace,
+    make_grid,
+    off_grid,
+    on_grid,
+)
 from mlx_bulwark.privacy.events import INTEGER_ORDERS, Release, _integer_rdp, composed_epsilon
 from mlx_bulwark.privacy.gradients import clipped_sums
 from scipy import stats
@@ -146,12 +154,26 @@ def test_a_norm_at_the_bound_is_kept():
 
 def test_sums_are_exact_and_noise_is_added_in_integers():
     z = mx.array([2**40 + 1, -(2**40), 3], mx.int64)
-    without = add_discrete({"w": z}, 0.0, 1.0, words_from(0))["w"]
+    without = off_grid({"w": z}, make_grid(0.0, 1.0))["w"]
     np.testing.assert_array_equal(np.array(without), np.float32(np.array(z) * 2.0**-20))
     grid = make_grid(2.0, 1.0)
-    noisy = add_discrete({"w": mx.zeros((500,), mx.int64)}, 2.0, 1.0, words_from(3))["w"]
-    drawn = discrete_gaussian(500, grid.t, grid.m, words_from(3))
-    np.testing.assert_array_equal(np.array(noisy), np.float32(drawn * 2.0**grid.exponent))
+    noisy = add_discrete({"w": mx.full((5, 100), 7, mx.int64)}, grid, words_from(3))
+    drawn = 7 + discrete_gaussian(500, grid.t, grid.m, words_from(3)).reshape(5, 100)
+    np.testing.assert_array_equal(np.array(noisy["w"]), drawn)
+    np.testing.assert_array_equal(np.array(off_grid(noisy, grid)["w"]), np.float32(drawn * 2.0**grid.exponent))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 64])
+def test_shares_of_ranks_add_up_to_the_noise(ranks):
+    for sigma, norm in ((0.5, 1.0), (1.3, 0.7), (100.0, 3.0)):
+        whole, share = make_grid(sigma, norm), make_grid(sigma, norm, ranks)
+        assert (share.exponent, share.max_squared_norm) == (whole.exponent, whole.max_squared_norm)
+        wanted = (Fraction(sigma) * Fraction(norm) / Fraction(2) ** whole.exponent) ** 2
+        assert 0 <= ranks * share.t * share.m - wanted <= wanted * Fraction(1, 2**8)
+        assert share.t * share.m >= LEAST_SHARE
+    with pytest.raises(ValueError, match="noise_multiplier must be at least"):
+        make_grid(0.0001, 1.0, ranks)
+    assert make_grid(0.0, 1.0, ranks).m == 0
 
 
 def test_accounting_is_that_of_integer_orders():
@@ -251,7 +273,7 @@ def test_rows_of_a_unit_are_clipped_together(backend):
     model = Net()
     e = engine(batch_size=64, noise_multiplier=0.0, max_grad_norm=0.3, noise="discrete")
     _, grads = e.value_and_grad(model, loss_fn)(model, *rows, mask=mask, units=units)
-    ours = add_discrete(grads._sums, 0.0, 0.3, words_from(0))
+    ours = off_grid(grads._sums, make_grid(0.0, 0.3))
     theirs = clipped_sums(model, loss_fn, rows, mask, 0.3 * (1 - 2.0**-12), e._clipping, {}, units).sums
     for path, s in theirs.items():
         np.testing.assert_allclose(np.array(ours[path]), np.array(s), atol=1e-5)

@@ -17,7 +17,9 @@ import pytest
 import ranks
 from mlx_bulwark.privacy.banded import strategy
 from scipy import stats
+from scipy.linalg import toeplitz
 
+RANKS = 3
 SCRIPT = Path(__file__).with_name("ranks.py")
 
 
@@ -67,10 +69,10 @@ def end(processes):
 def figures(tmp_path_factory):
     """What each rank of a run found."""
     folder = tmp_path_factory.mktemp("ranks")
-    for code, output in finish(start("figures", folder, 2)):
+    for code, output in finish(start("figures", folder, RANKS)):
         assert code == 0, output
-    names = ("without_noise", "with_noise", "counted", "refusals", "checked", "resumed")
-    return {n: [dict(np.load(folder / f"{n}{r}.npz")) for r in range(2)] for n in names}
+    names = ("without_noise", "with_noise", "counted", "refusals", "checked", "resumed", "with_a_key_file", "discrete")
+    return {n: [dict(np.load(folder / f"{n}{r}.npz")) for r in range(RANKS)] for n in names}
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def test_without_noise_ranks_equal_one_process(figures, one_process, name, compi
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_variance_of_all_ranks_is_the_accounted_one(figures, compiled):
-    # chi-square of 90,300 values: a false alarm once in a million
+    # chi-square of 90,300 values; keys are fixed, and of others a false alarm once in a million
     moves = [found[f"moves {compiled}"] for found in figures["with_noise"]]
     for other in moves[1:]:
         np.testing.assert_array_equal(moves[0], other)
@@ -101,7 +103,7 @@ def test_variance_of_all_ranks_is_the_accounted_one(figures, compiled):
 
 
 def test_what_leaves_a_rank_is_noised_by_its_own_share(figures):
-    # 180,600 values a rank; false alarms: once in a million each
+    # 180,600 values a rank; keys are fixed
     sent = [
         found["sent"].astype(np.float64) / (3.0 * 0.2 / math.sqrt(len(figures["with_noise"])))
         for found in figures["with_noise"]
@@ -119,7 +121,8 @@ def test_banded_noise_of_all_ranks_is_correlated_as_in_one_process(figures):
     # Each step's noise is a row of the inverse strategy times independent normals: covariance between steps within 6
     # standard errors of 30,100 values.
     z = figures["with_noise"][0]["banded"].astype(np.float64)
-    np.testing.assert_array_equal(z, figures["with_noise"][1]["banded"].astype(np.float64))
+    for other in figures["with_noise"][1:]:
+        np.testing.assert_array_equal(z, other["banded"].astype(np.float64))
     coefficients = strategy(4, 6)
     inverse = np.linalg.inv(sum(c * np.eye(6, k=-k) for k, c in enumerate(coefficients)))
     expected = inverse @ inverse.T
@@ -128,7 +131,7 @@ def test_banded_noise_of_all_ranks_is_correlated_as_in_one_process(figures):
 
 
 def test_steps_are_counted_once(figures):
-    assert [int(found["steps"]) for found in figures["with_noise"]] == [6, 6]
+    assert [int(found["steps"]) for found in figures["with_noise"]] == [6] * RANKS
 
 
 def test_examples_of_all_shards_take_part_as_accounted(figures):
@@ -142,24 +145,76 @@ def test_examples_of_all_shards_take_part_as_accounted(figures):
         assert abs(counts[name].mean() - expected) < 6 * math.sqrt(expected / counts[name].size)
     for group in counts["cyclic_poisson"].T:  # all steps of an example are of one group
         assert len({step % 4 for step in np.flatnonzero(group)}) <= 1
-    for epoch in counts["shuffle"].reshape(2, 6, 48):
+    for epoch in counts["shuffle"].reshape(3, 4, 48):
         np.testing.assert_array_equal(epoch.sum(0), 1)
-        np.testing.assert_array_equal(epoch.sum(1), 8)
+        np.testing.assert_array_equal(epoch.sum(1), 12)
 
 
 def test_refusals_come_on_all_ranks(figures):
     for found in figures["refusals"]:
-        settings, full, empty, shapes, frozen, shuffled, *alone = found["messages"]
+        settings, full, empty, other, shapes, frozen, shuffled, ledger, memory, little = found["messages"]
         assert settings.startswith("PrivacyError [distributed] settings must be the same on all ranks but rank 1")
         assert full.startswith("ValueError [batches] data must be this rank's shard")
         assert empty.startswith("ValueError [batches] data must be this rank's shard")
         assert shapes.startswith("PrivacyError [distributed] shapes of the parameters, and frozen parameters must be")
         assert frozen.startswith("PrivacyError [distributed] shapes of the parameters, and frozen parameters must be")
         assert shuffled.startswith("ValueError [batches] batch_size and dataset_size must be multiples")
-        for message, name in zip(alone, ("noise", "noise_key_file", "max_memory"), strict=True):
-            assert message.startswith("ValueError")
-            assert f"{name} must" in message
-            assert "with several ranks" in message
+        assert other.startswith("ValueError [batches] data must be the shard that this rank had before but is another")
+        assert other.endswith("on ranks [0, 1]")
+        assert ledger.startswith("PrivacyError [ledger] ")
+        assert "must be in use by one engine at a time" in ledger
+        assert memory.startswith("PrivacyError [batches] max_memory must hold a step of 1 rows")
+        assert little.startswith("ValueError [PrivacyEngine] noise_multiplier must be at least 0.00")
+
+
+def test_each_rank_finds_a_batch_that_fits_its_memory(figures):
+    sizes = [int(found["microbatch_size"]) for found in figures["refusals"]]
+    assert all(1 <= size <= ranks.N // RANKS + 1 for size in sizes)
+
+
+def test_a_run_of_ranks_goes_on_with_the_same_noise_and_partition(figures):
+    # The released noise is the inverse strategy times the normals of all ranks' keys: those of both sessions.
+    found = figures["with_a_key_file"]
+    T, C = 8, toeplitz(np.pad(strategy(4, 8), (0, 4)), np.zeros(8))
+    z = sum(normals(f["key"], T) for f in found) / math.sqrt(RANKS)
+    for f in found:
+        np.testing.assert_array_equal(f["moves"], found[0]["moves"])
+        np.testing.assert_array_equal(f["groups"][0], f["groups"][1])
+        assert int(f["sessions"]) == 1
+        assert int(f["mode"]) == 0o600
+    np.testing.assert_allclose(found[0]["moves"], np.linalg.solve(C, z), atol=5e-5)
+    assert len({tuple(f["key"]) for f in found}) == RANKS
+    assert len({tuple(f["groups"][0][:8]) for f in found}) > 1
+
+
+def test_key_files_that_do_not_belong_together_are_refused_on_all_ranks(figures):
+    for found in figures["with_a_key_file"]:
+        size, one_lost, shared, repeated = found["messages"]
+        assert f"ranks must be {RANKS + 1}, as " in size
+        assert "must be there on all ranks or on none" in one_lost
+        assert "runs of the noise key files must be the same on all ranks but rank 1" in shared
+        assert "ledger must hold the steps that were taken under" in repeated
+
+
+def normals(key, T):
+    return np.stack([np.array(bw.gaussian((300,), 1.0, mx.array(key), t << 40)) for t in range(T)]).astype(np.float64)
+
+
+def test_discrete_noise_of_all_ranks_is_the_accounted_one_on_the_grid(figures, one_process_discrete):
+    found = figures["discrete"]
+    for other in found[1:]:
+        np.testing.assert_array_equal(found[0]["noise"], other["noise"])
+    steps = found[0]["noise"].astype(np.float64) * 2**20  # the clipping norm is 1
+    np.testing.assert_array_equal(steps, np.rint(steps))
+    z = found[0]["noise"].astype(np.float64) / 3.0
+    low, high = stats.chi2.interval(1 - 1e-6, z.size)
+    assert low < (z**2).sum() < high
+    np.testing.assert_array_equal(found[0]["sums"], one_process_discrete)  # integers add up exactly
+
+
+@pytest.fixture(scope="module")
+def one_process_discrete():
+    return ranks.discrete_sums()
 
 
 def test_check_finds_noise_that_ranks_share(figures):
@@ -168,18 +223,19 @@ def test_check_finds_noise_that_ranks_share(figures):
         sound, same_keys = found["messages"]
         assert sound == "sound"
         assert "accounted standard deviation" in same_keys
-        assert "1.4" in same_keys
+        assert f"has {math.sqrt(RANKS):.1f}" in same_keys
 
 
 def test_books_are_the_first_rank_s_and_all_ranks_continue_them(figures):
-    first, second = figures["resumed"]
-    np.testing.assert_array_equal(first["spent"], second["spent"])
+    first, *others = figures["resumed"]
+    for other in others:
+        np.testing.assert_array_equal(first["spent"], other["spent"])
+        assert list(other["files"]) == []
     steps, epsilon = first["spent"][::2], first["spent"][1::2]
     np.testing.assert_array_equal(steps, [ranks.STEPS, 2 * ranks.STEPS] * 2)
     expected = [bw.compute_epsilon(3.0, 1.0, n, 1e-5) for n in (ranks.STEPS, 2 * ranks.STEPS)]
     np.testing.assert_allclose(epsilon, expected * 2, rtol=1e-9)
     assert list(first["files"]) == ["ledger.jsonl", "state.json"]
-    assert list(second["files"]) == []
 
 
 @pytest.mark.parametrize("scenario", ["exits", "exits_compiled"])

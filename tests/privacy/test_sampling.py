@@ -1,4 +1,4 @@
-"""What the samplers draw, by chi-square: each such test raises a false alarm once in 10,000 runs (keys are random)."""
+"""What the samplers draw, by chi-square: under other keys each such test would fail once in 10,000 runs."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlx_bulwark.privacy import sampling
 from mlx_bulwark.privacy.batches import UnitRows, pack
 from mlx_bulwark.privacy.sampling import (
     CyclicPoissonSampler,
@@ -24,10 +25,10 @@ def engine(N=1000, batch_size=50, **more):
 
 
 class Words:
-    """Fresh words of a random key, as the engine gives them."""
+    """Fresh words of a key, as the engine gives them."""
 
     def __init__(self):
-        self.key, self.counter = bw.random_key(), 0
+        self.key, self.counter = sampling.random_key(), 0
 
     def __call__(self, n):
         words = bw.random_bits((n,), self.key, self.counter, domain="poisson")

@@ -129,9 +129,9 @@ class Books:
                 "[PrivacyEngine] noise_key_file must be of the run that the ledger ends with, with the same settings, "
                 "but is not"
             )
-        assert self.ledger is not None
-        self.session = self.ledger.session = session
-        self.session_start = first
+        self.session, self.session_start = session, first
+        if self.ledger is not None:  # of several ranks the first has it
+            self.ledger.session = session
 
     def refuse_fork(self) -> None:
         """Refuse to go on in a forked process: it holds the same key and counter."""

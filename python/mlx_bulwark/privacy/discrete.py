@@ -22,6 +22,10 @@ Integers = NDArray[np.int64]
 FINEST = 20  # the clipping norm is at least 2^20 steps of the grid, unless the noise is very large
 LARGEST = 25  # and the noise at most 2^25 steps, so that 64 bits hold what the sampler computes
 HALF = 21  # bits of a square that are added apart
+# Variance of each rank's noise. The sum of so wide discrete Gaussians is a discrete Gaussian but for a factor of
+# e^tau, tau < 10 * ranks * e^(-pi^2 2^20) in every point, which no figure of ours can show (Kairouz, Liu and Steinke
+# 2021, The Distributed Discrete Gaussian Mechanism, arXiv:2102.06387).
+LEAST_SHARE = 1 << 20
 MARGIN = 1 - 2.0**-12  # of the norm that is clipped to, so that rounding of the norm cannot pass the bound
 
 
@@ -34,14 +38,20 @@ class Grid(NamedTuple):
     m: int
 
 
-def make_grid(noise_multiplier: float, max_grad_norm: float) -> Grid:
-    """Grid of a step; its noise is at least what the noise multiplier says."""
+def make_grid(noise_multiplier: float, max_grad_norm: float, ranks: int = 1) -> Grid:
+    """Grid of a step; its noise, or that of all ranks together, is at least what the noise multiplier says."""
     bits = min(FINEST, LARGEST - max(0, math.ceil(math.log2(noise_multiplier))) - 1) if noise_multiplier else FINEST
     exponent = math.floor(math.log2(max_grad_norm)) - bits
     norm = Fraction(max_grad_norm) / Fraction(2) ** exponent
-    sigma = Fraction(noise_multiplier) * norm
-    t = math.floor(sigma) + 1
-    return Grid(exponent, math.floor(norm**2), t, math.ceil(sigma**2 / t))
+    share = (Fraction(noise_multiplier) * norm) ** 2 / ranks
+    if ranks > 1 and 0 < share < LEAST_SHARE:
+        raise ValueError(
+            f"[PrivacyEngine] noise_multiplier must be at least {math.sqrt(ranks * LEAST_SHARE / norm**2):.3g} with "
+            f"noise='discrete' and {ranks} ranks, whose noises do not add up to a discrete Gaussian otherwise, but is "
+            f"{noise_multiplier:g}"
+        )
+    t = math.isqrt(math.floor(share)) + 1
+    return Grid(exponent, math.floor(norm**2), t, math.ceil(share / t))
 
 
 def on_grid(gradient: dict[str, mx.array], grid: Grid) -> tuple[dict[str, mx.array], mx.array]:
@@ -77,18 +87,20 @@ def integer_sums(
     return total, left_out
 
 
-def add_discrete(
-    sums: dict[str, mx.array], noise_multiplier: float, max_grad_norm: float, words: Words
-) -> dict[str, mx.array]:
-    """Integer sums with exact noise, and only then as float32."""
-    grid = make_grid(noise_multiplier, max_grad_norm)
-    noisy = {}
-    for path, z in sums.items():
-        exact = np.array(z).ravel()
-        if noise_multiplier:
-            exact = exact + discrete_gaussian(exact.size, grid.t, grid.m, words)
-        noisy[path] = mx.array(np.ldexp(exact.astype(np.float64), grid.exponent).astype(np.float32).reshape(z.shape))
-    return noisy
+def add_discrete(sums: dict[str, mx.array], grid: Grid, words: Words) -> dict[str, mx.array]:
+    """Integer sums with exact noise, still integers."""
+    return {
+        path: mx.array(np.array(z) + discrete_gaussian(z.size, grid.t, grid.m, words).reshape(z.shape))
+        for path, z in sums.items()
+    }
+
+
+def off_grid(sums: dict[str, mx.array], grid: Grid) -> dict[str, mx.array]:
+    """Noised integers as float32."""
+    return {
+        path: mx.array(np.ldexp(np.array(z).astype(np.float64), grid.exponent).astype(np.float32))
+        for path, z in sums.items()
+    }
 
 
 def discrete_gaussian(n: int, t: int, m: int, words: Words) -> Integers:

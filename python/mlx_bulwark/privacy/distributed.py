@@ -10,9 +10,9 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -22,6 +22,7 @@ from mlx.utils import tree_unflatten
 from .events import Sampling, Shuffle
 from .taps import PrivacyError, named_arrays
 
+T = TypeVar("T")
 _MESSAGE_BYTES = 1 << 25  # sums travel together up to this size: many small messages are slow, one large copy is too
 
 
@@ -43,11 +44,15 @@ class Ranks:
         """Sums over all ranks, to be evaluated by `wait`."""
         total = {}
         for paths in _messages(sums):
-            parts = [sums[path].reshape(-1).astype(mx.float32) for path in paths]
-            added = mx.distributed.all_sum(mx.concatenate(parts), group=self.group)
+            parts = [sums[path].reshape(-1) for path in paths]
+            added = self._summed(mx.concatenate(parts))
             ends = np.cumsum([p.size for p in parts])[:-1].tolist()
             total.update({p: a.reshape(sums[p].shape) for p, a in zip(paths, mx.split(added, ends), strict=True)})
         return {path: total[path] for path in sums}
+
+    def _summed(self, packed: mx.array) -> mx.array:
+        total: mx.array = mx.distributed.all_sum(packed, group=self.group)
+        return total
 
     def wait(self, *arrays: Any) -> None:
         """Evaluate what other ranks take part in; end where one of them is lost."""
@@ -71,12 +76,33 @@ class Ranks:
 
     def from_first(self, value: Any) -> Any:
         """What JSON makes of the first rank's value."""
-        text = np.frombuffer(json.dumps(value if self.rank == 0 else None).encode(), np.uint8)
+        return self.from_all(value if self.rank == 0 else None)[0]
+
+    def from_all(self, value: Any) -> list[Any]:
+        """What JSON makes of every rank's value. No secret is given to it."""
+        text = np.frombuffer(json.dumps(value).encode(), np.uint8)
         lengths = np.array(self._gathered(mx.array([len(text)]))).ravel()
         mine = np.zeros(lengths.max(), np.int32)
         mine[: len(text)] = text
-        everyone = np.array(self._gathered(mx.array(mine)))
-        return json.loads(everyone[0, : lengths[0]].astype(np.uint8).tobytes())
+        everyone = np.array(self._gathered(mx.array(mine))).astype(np.uint8)
+        return [json.loads(row[:length].tobytes()) for row, length in zip(everyone, lengths, strict=True)]
+
+    def together(self, f: Callable[[], T]) -> T:
+        """What a function returns that every rank calls; where it fails on one, all ranks fail."""
+        result, problem, cause = None, None, None
+        try:
+            result = f()
+        except (ValueError, OSError) as e:
+            problem, cause = str(e), e
+        problems = self.from_all(problem)
+        for rank, text in enumerate(problems):
+            if text is not None:
+                raise PrivacyError(text if text == problem else f"{text} (on rank {rank})") from cause
+        return cast(T, result)
+
+    def rehearsal(self) -> "Ranks":
+        """Ranks of a measurement by this one alone: its messages are made, and not sent."""
+        return _Alone(self.group, self.timeout)
 
     def align(self, model: nn.Module) -> None:
         """Give all ranks the trainable parameters of rank 0; refuse shapes, and frozen parameters, that differ."""
@@ -85,7 +111,8 @@ class Ranks:
         frozen = b"".join(_checksum(a) for path, a in everything.items() if path not in trainable)
         shapes = [(path, a.shape, str(a.dtype), path in trainable) for path, a in everything.items()]
         self.agree("shapes of the parameters, and frozen parameters", (shapes, frozen))
-        first = self.add_up({path: a if self.rank == 0 else mx.zeros_like(a) for path, a in trainable.items()})
+        mine = {path: a.astype(mx.float32) for path, a in trainable.items()}
+        first = self.add_up(mine if self.rank == 0 else {path: mx.zeros_like(a) for path, a in mine.items()})
         self.wait(first)
         model.update(tree_unflatten([(path, a.astype(trainable[path].dtype)) for path, a in first.items()]))
 
@@ -145,20 +172,17 @@ class Ranks:
         os._exit(1)
 
 
+class _Alone(Ranks):
+    def _summed(self, packed: mx.array) -> mx.array:
+        return packed + mx.zeros((), packed.dtype)  # a sum is an array of its own
+
+    def align(self, model: nn.Module) -> None:
+        """Leave the model as it is."""
+
+
 def make_ranks(group: mx.distributed.Group | None, timeout: float) -> Ranks | None:
     """Ranks of a group; None where this process is alone."""
     return Ranks(group, timeout) if group is not None and group.size() > 1 else None
-
-
-def refuse_with_ranks(noise: str, noise_key_file: object) -> None:
-    """Refuse what is for one process."""
-    if noise == "discrete":
-        raise ValueError(
-            "[PrivacyEngine] noise must not be 'discrete' with several ranks but is: a sum of shares is not exactly a "
-            "discrete Gaussian"
-        )
-    if noise_key_file is not None:
-        raise ValueError("[PrivacyEngine] noise_key_file must be None with several ranks but is given")
 
 
 def _messages(sums: dict[str, mx.array]) -> list[list[str]]:
@@ -166,7 +190,7 @@ def _messages(sums: dict[str, mx.array]) -> list[list[str]]:
     pieces: list[list[str]] = []
     room = 0
     for path in sorted(sums):
-        size = 4 * sums[path].size
+        size = sums[path].nbytes
         if size > room:
             pieces.append([])
             room = _MESSAGE_BYTES

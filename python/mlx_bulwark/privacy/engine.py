@@ -1,5 +1,6 @@
 """DP-SGD for any MLX training loop."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn, cast
@@ -15,10 +16,10 @@ from .batches import Augment, Batch, Batches, Source, UnitReduction
 from .books import Books, noise_for, steps_for
 from .check import CheckReport, check
 from .clipping import AdaptiveClipping, ClippingMode, Sensitivity
-from .distributed import Ranks, make_ranks, refuse_with_ranks
+from .distributed import Ranks, make_ranks
 from .events import Accountant, Event, Run
 from .gradients import LossFunction
-from .key_file import keep_noise_key
+from .key_file import keep_noise_key, own_file
 from .ledger import Ledger
 from .memory import find_microbatch_size
 from .optimizer import ClippedGradients, PrivateOptimizer
@@ -64,8 +65,9 @@ class PrivacyEngine:
             noise: no rounding of floats has a part in the guarantee. Much slower, and not compiled.
         bands: of banded noise; default: ``cycle_length``.
         noise_key_file: with banded noise and a ledger, a file for the noise key (mode 0600), so that a resumed run
-            goes on with the same noise; keep it apart from the model. Default: the key lives and dies with the engine,
-            and a resumed run begins a correlation of its own.
+            goes on with the same noise; keep it apart from the model. With several ranks each has its own, the name
+            followed by a dot and the rank, and keeps its shard. Default: the key lives and dies with the engine, and a
+            resumed run begins a correlation of its own.
         accountant: ``"pld"`` or ``"rdp"``. Default: ``"pld"``; with discrete noise ``"rdp"``, which it needs.
         steps: planned number of steps; an update past it is refused.
         delta: default delta of `epsilon`; well below 1 / dataset_size.
@@ -143,25 +145,31 @@ class PrivacyEngine:
         self._clipping = plan.clipping
         self._ranks = make_ranks(group, group_timeout)
         if self._ranks:
-            refuse_with_ranks(noise, noise_key_file)
-            self._ranks.agree("settings", (dataset_size, plan.outline(), accountant, steps, delta, target_epsilon))
+            keeps_key = noise_key_file is not None
+            outline = plan.outline()
+            self._ranks.agree("settings", (dataset_size, outline, accountant, steps, delta, target_epsilon, keeps_key))
         self._books = Books(
             plan,
             accountant,
             planned_steps=steps,
             delta=delta,
             target_epsilon=target_epsilon,
-            ledger=None if ledger is None or not self._keeps_books else Ledger(ledger),
+            ledger=self._open(ledger),
         )
         self._follow_first_rank()
         self.state = new_state(self.event, self._clipping, self._books.steps)
-        secrets = None if noise_key_file is None else keep_noise_key(noise_key_file, self._books)
-        if secrets is not None:
-            self.state["noise"]["key"] = secrets.key
+        self._noise_key_file = self._partition = None
+        if noise_key_file is not None:
+            self._noise_key_file = own_file(noise_key_file, self._ranks)
+            try:
+                self.state["noise"]["key"], self._partition = keep_noise_key(noise_key_file, self._books, self._ranks)
+            except (ValueError, OSError):
+                self.close()  # who is refused must not hold the ledger
+                raise
         self._sampling_key = random_key()  # of its own: a resumed run must not toss the same coins under its old key
-        self._sampler = make_sampler(plan.sampling, dataset_size, None if secrets is None else secrets.partition)
+        self._sampler = make_sampler(plan.sampling, dataset_size, self._partition)
+        self._has_shard = False
         self._noised: dict[str, tuple[int, ...]] = {}  # shapes that banded noise is made for
-        self._noise_key_file = noise_key_file
         self._words = np.empty(0, np.uint64)  # drawn for discrete noise and not yet used
         self._unit, self._joins_rows = "example", False
         self._sampling_counter = self._discrete_counter = 0
@@ -366,14 +374,13 @@ class PrivacyEngine:
         )
         size = source.default_microbatch_size(self._sampler) if microbatch_size is None else microbatch_size
         if max_memory is not None:
-            if self._ranks:
-                raise ValueError("[batches] max_memory must be None with several ranks but is given")
             if microbatch_size is not None or training is None:
                 raise ValueError(
                     "[batches] max_memory must come with training=(model, optimizer, loss_fn) and without "
                     "microbatch_size but does not"
                 )
-            size = find_microbatch_size(self, *training, source, size, max_memory)
+            find = functools.partial(find_microbatch_size, self, *training, source, size, max_memory)
+            size = self._ranks.together(find) if self._ranks else find()
         if units is not None:
             self._unit = "unit (all its rows)"
         self._joins_rows = self._joins_rows or source.rows_per_unit > 1
@@ -650,6 +657,14 @@ class PrivacyEngine:
         """Whether this process reads and writes files: the first rank, which no step happens without."""
         return self._ranks is None or self._ranks.rank == 0
 
+    def _open(self, path: str | os.PathLike[str] | None) -> Ledger | None:
+        ours = None if path is None or not self._keeps_books else path
+
+        def opened() -> Ledger | None:
+            return None if ours is None else Ledger(ours)
+
+        return self._ranks.together(opened) if self._ranks else opened()
+
     def _follow_first_rank(self) -> None:
         if self._ranks:
             self._books.follow(self._ranks.from_first(self._books.spent()))
@@ -666,8 +681,15 @@ class PrivacyEngine:
         ranks = cast(Ranks, self._ranks)
         size = len(arrays[0]) if units is None else len(np.unique(np.array(units)))
         ranks.check_shards(size, self.dataset_size)
-        if size != self._sampler.size:
-            self._sampler = make_sampler(ranks.local_sampling(self.event.sampling, size, self.dataset_size), size)
+        if not self._has_shard:
+            scheme = ranks.local_sampling(self.event.sampling, size, self.dataset_size)
+            self._sampler, self._has_shard = make_sampler(scheme, size, self._partition), True
+        changed = ranks.from_all(size != self._sampler.size)
+        if any(changed):
+            raise ValueError(
+                "[batches] data must be the shard that this rank had before but is another on ranks "
+                f"{[rank for rank, other in enumerate(changed) if other]}"
+            )
         return size
 
     def _discrete_words(self, n: int) -> Any:

@@ -76,6 +76,7 @@ def peak_of_step(
     try:
         for compiled in (False,) if isinstance(engine.event.mechanism, Discrete) else (False, True):
             trial = engine._without_books()
+            trial._ranks = engine._ranks.rehearsal() if engine._ranks else None
             wrapped = PrivateOptimizer(trial, copy.deepcopy(optimizer.optimizer))
             wrapped.init(model.trainable_parameters())
             step = trial.compiled_step(model, wrapped, loss_fn) if compiled else _eager(trial, model, wrapped, loss_fn)

@@ -40,7 +40,7 @@ class CyclicPoissonSampler:
     size: int
     group_rate: float
     cycle_length: int
-    seed: mx.array = field(default_factory=random_key, repr=False, compare=False)
+    seed: mx.array = field(default_factory=lambda: random_key(), repr=False, compare=False)
 
     @functools.cached_property
     def groups(self) -> Units:
@@ -64,7 +64,7 @@ class ShuffleSampler:
 
     size: int
     batch_size: int
-    seed: mx.array = field(default_factory=random_key, repr=False, compare=False)
+    seed: mx.array = field(default_factory=lambda: random_key(), repr=False, compare=False)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -12,7 +12,7 @@ from .banded import add_banded, taps
 from .batches import Batch, UnitReduction
 from .books import Books
 from .clipping import QUANTILE
-from .discrete import add_discrete
+from .discrete import Grid, add_discrete, make_grid, off_grid
 from .discrete_gradients import integer_loss_and_grad
 from .distributed import Ranks
 from .events import Banded, CyclicPoisson, Discrete, Shuffle
@@ -134,6 +134,8 @@ def release(engine: "PrivacyEngine", gradients: ClippedGradients) -> dict[str, m
         noisy = engine._ranks.add_up(noisy)
         if not traced:
             engine._ranks.wait(noisy)
+    if isinstance(engine.event.mechanism, Discrete):
+        noisy = off_grid(noisy, _grid(engine))
     mean = _mean(engine, noisy)
     if not traced:
         engine._advance()
@@ -193,10 +195,10 @@ def _charge(engine: "PrivacyEngine", blocks: int, traced: bool) -> mx.array:
 
 
 def _noised(engine: "PrivacyEngine", sums: dict[str, mx.array], counter: mx.array, traced: bool) -> dict[str, mx.array]:
-    if isinstance(engine.event.mechanism, Discrete):
-        return add_discrete(sums, engine.noise_multiplier, engine.max_grad_norm, engine._discrete_words)
     if engine.event.mechanism.noise_multiplier == 0:
         return sums
+    if isinstance(engine.event.mechanism, Discrete):
+        return add_discrete(sums, _grid(engine), engine._discrete_words)
     std, key = engine.state["noise_std"], engine.state["noise"]["key"]
     if engine._ranks:
         std = engine._ranks.share(std)
@@ -209,6 +211,10 @@ def _noised(engine: "PrivacyEngine", sums: dict[str, mx.array], counter: mx.arra
         return add_banded(sums, taps(mechanism.coefficients, books.plan.horizon), std, key, own)
     noisy: dict[str, mx.array] = add_gaussian(sums, std, key, counter)
     return noisy
+
+
+def _grid(engine: "PrivacyEngine") -> Grid:
+    return make_grid(engine.noise_multiplier, engine.max_grad_norm, engine._ranks.size if engine._ranks else 1)
 
 
 def _refuse_other_shapes(engine: "PrivacyEngine", sums: dict[str, mx.array]) -> None:
