@@ -15,6 +15,7 @@ from .ops.ghost import (
     linear_sample_grads,
     linear_sq_norms,
 )
+from .ops.neighbors import Neighbors, knn
 from .ops.noise import (
     add_gaussian,
     advance_counter,
@@ -59,6 +60,7 @@ __all__ = [
     "Fix",
     "LayerGradients",
     "LayerReport",
+    "Neighbors",
     "PrivacyEngine",
     "PrivacyError",
     "PrivateOptimizer",
@@ -86,6 +88,7 @@ __all__ = [
     "find_steps",
     "gaussian",
     "key_from_seed",
+    "knn",
     "ledger_epsilon",
     "linear_clipped_sum",
     "linear_sample_grads",

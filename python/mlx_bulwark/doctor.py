@@ -25,7 +25,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from . import _native
-from .ops import clip, ghost, noise, smooth
+from .ops import clip, ghost, neighbors, noise, smooth
 
 TIME_LIMIT = 600.0  # seconds of a child process; compiling all Metal kernels takes some ten
 SIZE = 10_003
@@ -416,6 +416,15 @@ def _count_votes() -> Iterator[Case]:
         for classes in (10, 1001):
             run = partial(smooth.count_votes, _normals((77, classes), dtype), mx.arange(classes + 1, dtype=mx.int32))
             yield Case(f"{_name(dtype)}, {classes} classes", run, 0.0)
+
+
+@_op
+def _knn() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        x, y = _rows(dtype, (70, 33), (300, 33))
+        for metric in neighbors.METRICS:
+            yield Case(f"{_name(dtype)}, {metric}", partial(neighbors.knn, x, y, 7, metric))
+    yield Case("themselves", partial(neighbors.knn, _normals((300, 33)), k=40))
 
 
 # Running them.
