@@ -96,7 +96,9 @@ def test_every_metal_kernel_is_run(monkeypatch, sim):
             sim(extension)
 
     monkeypatch.setattr(_native, "_simulator", Recorder())
-    assert doctor.examine(isolated=False).ok
+    report = doctor.examine(isolated=False)
+    assert report.ok
+    assert {c.backend for c in report.checks} >= {"native", "metal-sim"}
     launched.update(call.kernel for call in sim.calls)
     for name, text, _ in _native.ext.sources():
         kernels = {kernel.name for kernel in msl.build(msl.bridge.write_source(name, text)).translation.kernels}
@@ -116,16 +118,11 @@ def test_a_sound_package(no_simulator):
     assert report.backend == bw.backend().name
 
 
-def test_the_backend_is_as_it_was(backend):
+def test_the_backend_is_as_it_was(monkeypatch, backend):
+    monkeypatch.setattr(doctor, "CASES", {"gaussian": doctor.CASES["gaussian"]})
     before = bw.backend()
-    doctor.examine(isolated=False)
+    assert doctor.examine(isolated=False).checks
     assert bw.backend() == before
-
-
-def test_kernels_in_the_simulator(sim):
-    report = doctor.examine(isolated=False)
-    assert report.ok
-    assert {c.backend for c in report.checks} >= {"native", "metal-sim"}
 
 
 def test_a_report_of_the_simulator_is_a_fault(monkeypatch, sim):
@@ -197,8 +194,9 @@ def test_command_ends_a_kernel_that_does_not(copy):
         file.write("\nTIME_LIMIT = 3.0\n")
     done = copy("--json", planted='_plant("gaussian", lambda x: time.sleep(100))')
     assert done.returncode == 1
-    (off,) = [c for c in json.loads(done.stdout)["checks"] if not c["ok"]]
-    assert (off["op"], off["message"]) == ("gaussian", "it did not end within 3 s")
+    off = {c["op"]: c["message"] for c in json.loads(done.stdout)["checks"] if not c["ok"]}
+    assert off["gaussian"] == "it did not end within 3 s"
+    assert set(off.values()) == {off["gaussian"]}  # a busy machine may keep others from it too
 
 
 def test_json(copy):
