@@ -24,6 +24,7 @@
 #include "ghost/ghost.h"
 #include "mlx/version.h"
 #include "noise/noise.h"
+#include "smooth/smooth.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
@@ -74,7 +75,8 @@ NB_MODULE(_ext, m) {
   m.def("on_metal", [](mx::StreamOrDevice s) { return on_metal(mx::to_stream(s)); }, "stream"_a = nb::none());
   m.def("sources", [] {
     std::vector<std::tuple<std::string, std::string, std::string>> all;
-    for (auto* s : {&noise_source, &clip_source, &ghost_source}) all.emplace_back(s->name, s->text, s->hash);
+    for (auto* s : {&noise_source, &clip_source, &ghost_source, &smooth_source})
+      all.emplace_back(s->name, s->text, s->hash);
     return all;
   });
 #ifndef __APPLE__
@@ -108,6 +110,10 @@ NB_MODULE(_ext, m) {
         "stream"_a = nb::none());
   m.def("embedding_linear_products", &embedding_linear_products, "tokens"_a, "dy"_a, "x"_a, "dy_linear"_a, "segments"_a,
         "units"_a, "stream"_a = nb::none());
+
+  m.def("noisy_copies", &noisy_copies, "x"_a, "n"_a, "sigma"_a, "key"_a, "counter"_a, "uniform"_a, "bounds"_a,
+        "levels"_a, "stream"_a = nb::none());
+  m.def("count_votes", &count_votes, "logits"_a, "counts"_a, "stream"_a = nb::none());
 #ifdef BULWARK_SANITIZE
   m.def("planted_error", &planted_error, "kind"_a);
 #endif

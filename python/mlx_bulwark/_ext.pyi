@@ -95,3 +95,15 @@ def embedding_linear_products(
     units: int,
     stream: Any = None,
 ) -> mx.array: ...
+def noisy_copies(
+    x: mx.array,
+    n: int,
+    sigma: mx.array,
+    key: mx.array,
+    counter: mx.array,
+    uniform: bool,
+    bounds: list[float],
+    levels: int,
+    stream: Any = None,
+) -> mx.array: ...
+def count_votes(logits: mx.array, counts: mx.array, stream: Any = None) -> mx.array: ...

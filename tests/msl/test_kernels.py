@@ -1,5 +1,6 @@
 """The kernels that the extension ships: clean in any thread order, and no barrier too many."""
 
+import math
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +63,18 @@ def ghost():
     yield bw.embedding_sq_norms(mx.arange(210).reshape(3, 70) // 3, dy, segments=ids)  # most tiles have no equal tokens
 
 
-FAMILIES = {"noise": noise, "clip": clip, "ghost": ghost}
+def smooth():
+    """All copies in one run, and one run each; a slot of votes beside the first threadgroup's."""
+    x = rand((40,), mx.float16)
+    yield bw.noisy_copies(x, 150, 0.5, KEY, 7)
+    yield bw.noisy_copies(x, 3, 0.5, KEY, 7, distribution="uniform", bounds=(-1, 1), levels=17)
+    yield bw.noisy_copies(rand((4100,)), 2, 0.5, KEY, 7, bounds=(-1, 1))
+    logits = mx.concatenate([rand((50, 10)), mx.full((1, 10), math.nan)])
+    yield bw.count_votes(logits, mx.arange(11, dtype=mx.int32))
+    yield bw.count_votes(rand((5, 4099), mx.bfloat16), mx.zeros(4100, mx.int32))
+
+
+FAMILIES = {"noise": noise, "clip": clip, "ghost": ghost, "smooth": smooth}
 
 
 def results(*families):
@@ -162,6 +174,13 @@ PLANTED = {
     "tiles counted once": ("ghost", "row == column ? 1.0f : 2.0f", "row == column ? 1.0f : 1.0f", None),
     "rows of others": ("ghost", "if (r >= rows) return NOWHERE;", "", "out-of-bounds"),
     "mask forgotten": ("ghost", "masked && mask[row] == 0u", "false", None),
+    "noise of the next tile": ("smooth", "tile * 32u + lane, z", "tile * 32u + 32u + lane, z", None),
+    "a last tile forgotten": ("smooth", "length / NORMALS_PER_TILE + 2u", "length / NORMALS_PER_TILE", None),
+    "a neighbour's values written": ("smooth", "if (at >= from && at < to)", "if (at < to)", None),
+    "a value of the copy before": ("smooth", "if (i >= n) i -= n;", "", None),
+    "NaN votes": ("smooth", "if (is_nan(x)) return 0xffffffffu;", "", None),
+    "ties to the higher class": ("smooth", "index < winner", "index > winner", None),
+    "votes of other slots": ("smooth", "if (slot < n) atomic", "atomic", "out-of-bounds"),
 }
 
 

@@ -97,6 +97,10 @@ def noisy_copies(
         G. Yang et al., "Randomized Smoothing of All Shapes and Sizes", 2020 (uniform noise).
     """
     inputs, what = _copies_inputs(x, n, sigma, key, counter, distribution, bounds, levels)
+    if _native.runs_native(stream):
+        x, sigma, key, counter = inputs
+        limits = list(what.bounds or ())
+        return _native.ext.noisy_copies(x, what.n, sigma, key, counter, what.uniform, limits, what.levels, stream)
     with _on(stream):
         return _noisy_copies(*inputs, what)
 
@@ -147,6 +151,8 @@ def count_votes(logits: mx.array, counts: mx.array, *, stream: Stream = None) ->
         J. Cohen, E. Rosenfeld and J. Z. Kolter, "Certified Adversarial Robustness via Randomized Smoothing", 2019.
     """
     _check_votes(logits, counts)
+    if _native.runs_native(stream):
+        return _native.ext.count_votes(logits, counts, stream)
     with _on(stream):
         return _count_votes(logits, counts)
 
