@@ -12,7 +12,7 @@ would add a sample's squares in an order that depends on where in the batch it s
 A product of matrices reads its inputs many times. What its kernels request stands beside what tiles of 32 x 32 would,
 as 32 KiB of threadgroup memory allow them: `tiled`, from shapes alone.
 
-A case that requests more than 1.05 of the least, or 1.1 of `tiled`, has failed its check.
+A case that requests more than 1.05 of the least (noisy copies: 1.02), or 1.1 of `tiled`, has failed its check.
 """
 
 import math
@@ -86,6 +86,16 @@ def ghost_cases():
     yield "ghost.outer.256x1x300x201", lambda: [bw.linear_sq_norms(x, dy)], None
 
 
+def smooth_cases():
+    """Copies whose inputs fit into a threadgroup, and ones that do not; votes among few and many classes."""
+    for n, size in ((1000, 784), (300, 3072), (20_000, 30), (50, 10_001), (2, 150_528)):
+        x = normals((size,))
+        yield f"smooth.noisy_copies.{n}x{size}", lambda n=n, x=x: [bw.noisy_copies(x, n, 0.25, KEY, 0)]
+    for rows, classes in ((20_000, 10), (300, 1000), (100, 5001)):
+        zeros, logits = mx.zeros(classes + 1, mx.int32), normals((rows, classes))
+        yield f"smooth.count_votes.{rows}x{classes}", lambda x=logits, z=zeros: [bw.count_votes(x, z)]
+
+
 def cases():
     """Names, and what runs."""
     for n in (1000, 32_000, 400_003):
@@ -101,6 +111,7 @@ def cases():
     leaves = [normals((8, n), mx.bfloat16) for n in (70_001, 257, 20_000, 64, 9, 40_004, 1, 3000, 30_011)]
     yield "clip.clip_and_sum.9_leaves_bfloat16", lambda: bw.clip_and_sum(leaves, 1.0)[0]
     yield from ghost_cases()
+    yield from smooth_cases()
 
 
 def agree(a, b):
@@ -133,7 +144,8 @@ def rows(bench, case, calls, tiled=None):
     least = sum(b["size"] for b in buffers)
     lines = sum(b["lines_read"] + b["lines_written"] for b in buffers)
     accesses = sum(b["accesses_read"] + b["accesses_written"] for b in buffers)
-    bench.check(case, requested <= (1.1 * tiled if tiled else 1.05 * least))
+    most = 1.02 if case.startswith("smooth.noisy_copies") else 1.05
+    bench.check(case, requested <= (1.1 * tiled if tiled else most * least))
     bench.row(f"{case}/requested_over_least", requested / least, "x", better="lower")
     if tiled:
         bench.row(f"{case}/requested_over_tiled", requested / tiled, "x", better="lower")

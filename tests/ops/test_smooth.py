@@ -1,4 +1,7 @@
 import math
+import os
+import subprocess
+import sys
 
 import mlx.core as mx
 import mlx_bulwark as bw
@@ -106,6 +109,15 @@ def test_noise_is_that_of_gaussian_to_the_bit(backend):
     copies = bw.noisy_copies(x, 30, 0.3, KEY, 11)
     assert same(copies, bw.gaussian((30, 9, 41), 0.3, KEY, 11, domain="smoothing"))
     assert not (copies == bw.gaussian((30, 9, 41), 0.3, KEY, 11)).any().item()
+
+
+def test_noise_is_not_truncated(backend):
+    """A block of the test's key that holds a normal beyond the 5.42 at which mx.random.normal ends."""
+    far = 101_900_928
+    copies = np.array(bw.noisy_copies(mx.zeros(320), 1, 1.0, KEY, far))[0]
+    assert np.argmax(abs(copies)) == 265
+    assert copies[265] == pytest.approx(-6.157995, abs=1e-5)
+    assert normals(KEY, far, DOMAIN, 320)[265] == pytest.approx(-6.157995, abs=1e-5)
 
 
 @pytest.mark.parametrize("distribution", smooth.DISTRIBUTIONS)
@@ -571,3 +583,61 @@ def test_refusals(backend, call, message):
 def test_no_counter_by_default():
     with pytest.raises(TypeError, match="counter"):
         bw.noisy_copies(X, 2, 1.0, KEY)
+
+
+# ---- Native: threads and instruction sets
+
+
+def test_any_number_of_threads_gives_the_same():
+    _native.use("native")
+    x, logits = rand((1001,)), rand((20_011, 10))
+    results = []
+    for n in (1, 2, 3, 7):
+        _native.ext.set_num_threads(n)
+        results.append([bw.noisy_copies(x, 101, 0.5, KEY, 1), bw.count_votes(logits, zeros(10))])
+        mx.eval(results[-1])
+    _native.ext.set_num_threads(os.cpu_count() or 1)
+    _native.use_from_environment()
+    for copies, counts in results[1:]:
+        assert same(copies, results[0][0])
+        assert same(counts, results[0][1])
+
+
+CHILD = """
+import os, sys
+import mlx.core as mx, mlx_bulwark as bw
+from mlx_bulwark import _native
+sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
+import test_smooth as t
+assert _native.ext.isa() == sys.argv[2], _native.ext.isa()
+_native.use("native")
+for distribution in ("gaussian", "uniform"):
+    for shape in t.SHAPES:
+        t.test_copies_against_float64("native", shape, distribution)
+    for dtype in t.DTYPES:
+        t.test_clip("native", dtype, distribution)
+        t.test_nan_and_infinity("native", dtype, distribution)
+    t.test_half_precision_is_float32_rounded_once("native", mx.float16, distribution)
+    t.test_half_precision_is_float32_rounded_once("native", mx.bfloat16, distribution)
+    t.test_sigma("native", distribution)
+for levels in (2, 256, 65536):
+    t.test_grid("native", (-2.5, 0.25), levels)
+t.test_ties_of_the_grid_go_to_even("native")
+t.test_every_nan_counts("native")
+for dtype in t.DTYPES:
+    for classes in (1, 2, 10, 37, 300):
+        t.test_special_logits("native", classes, dtype)
+    for shape in ((257, 31), (100, 1000), (3, 10_007)):
+        t.test_votes_row_by_row("native", shape, dtype)
+"""
+
+
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    ours = _native.ext.isa()
+    if ["base", "avx2", "avx512"].index(isa) > ["base", "avx2", "avx512"].index(ours):
+        pytest.skip(f"this processor, or BULWARK_ISA, goes up to {ours}")
+    environment = os.environ | {"BULWARK_ISA": isa, "BULWARK_BACKEND": "native"}
+    command = [sys.executable, "-c", CHILD, os.path.dirname(__file__), isa]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
