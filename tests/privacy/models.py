@@ -4,8 +4,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx_lm.models import gemma2
+from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
-from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 
 class Sequence(nn.Module):
@@ -191,6 +192,26 @@ class Translator(nn.Module):
         return self.transformer(x, mx.cos(x[:, ::-1]), None, None, None)
 
 
+class Routed(nn.Module):
+    """Four experts, of which every row has its two best, as mlx-lm's mixtures have them."""
+
+    def __init__(self, d=32, bias=False, **adapters):
+        super().__init__()
+        self.router = nn.Linear(d, 4)
+        self.experts = SwitchGLU(d, 32, 4, bias=bias)
+        if bias:
+            for layer in (self.experts.up_proj, self.experts.down_proj):
+                layer.bias = mx.random.normal(layer.bias.shape)
+        for name, bits in adapters.items():
+            self.experts[name] = adapted(LoRASwitchLinear, self.experts[name], bits)
+
+    def __call__(self, x):
+        scores = self.router(x)
+        best = mx.stop_gradient(mx.argsort(-scores.astype(mx.float32), axis=-1)[..., :2])
+        weights = mx.softmax(mx.take_along_axis(scores, best, axis=-1), axis=-1)
+        return (self.experts(x, best) * weights[..., None]).sum(axis=-2)
+
+
 class Pool(nn.Module):
     def __call__(self, x):
         return x.reshape(x.shape[0], -1)
@@ -309,6 +330,12 @@ MODELS = {
     "dora embedding": (lambda: adapted(DoRAEmbedding, nn.Embedding(20, 6)), 9, 1e-5),
     "dora embedding, tied": (lambda: Tied(adapted(DoRAEmbedding, nn.Embedding(20, 6))), 9, 1e-5),
     "dora embedding of logits": (lambda: AsLinear(adapted(DoRAEmbedding, nn.Embedding(20, 6))), STEPS, 1e-5),
+    "experts": (Routed, (4, 32), 1e-5),  # so few rows that mlx-lm does not sort them
+    "experts, sorted": (Routed, (30, 32), 1e-5),
+    "experts with biases, sorted": (lambda: Routed(bias=True), (30, 32), 1e-5),
+    "experts twice": (lambda: Twice(Routed()), (5, 32), 1e-5),
+    "lora of experts": (lambda: Routed(up_proj=None, down_proj=None), (4, 32), 1e-5),
+    "lora of experts of 4 bits, sorted": (lambda: Routed(up_proj=4, down_proj=4), (30, 32), 1e-5),
     "transformer": (Translator, STEPS, 1e-5),
     "attention": (Encoder, STEPS, 1e-5),
     "cnn": (

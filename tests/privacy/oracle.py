@@ -8,7 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.dora import DoRALinear
+from mlx_lm.tuner.lora import LoRASwitchLinear
 
 
 def numpy64(a):
@@ -69,6 +71,17 @@ def quantized_linear(layer, x):
     return y + layer.bias if "bias" in layer else y
 
 
+def switch_linear(layer, x, experts, sorted_indices=False):
+    weight = layer.weight if isinstance(layer, SwitchLinear) else dequantized(layer)
+    y = x @ weight[experts].swapaxes(-1, -2)
+    return y + layer.bias[experts][..., None, :] if "bias" in layer else y
+
+
+def lora_switch_linear(layer, x, experts, sorted_indices=False):
+    A, B = (a[experts].swapaxes(-1, -2) for a in (layer.lora_a, layer.lora_b))
+    return layer.linear(x, experts) + layer.scale * (x @ A @ B)
+
+
 # What MLX has not, or only in part, in float64.
 FLOAT64 = {
     nn.Conv1d: {"__call__": convolution},
@@ -79,6 +92,9 @@ FLOAT64 = {
     nn.ConvTranspose3d: {"__call__": transposed_convolution},
     nn.QuantizedLinear: {"__call__": quantized_linear},
     nn.QuantizedEmbedding: {"__call__": dequantized, "as_linear": lambda e, x: x @ dequantized(e).T},
+    SwitchLinear: {"__call__": switch_linear},
+    QuantizedSwitchLinear: {"__call__": switch_linear},
+    LoRASwitchLinear: {"__call__": lora_switch_linear},
     DoRALinear: {
         "_dequantized_weight": lambda d: dequantized(d.linear) if "scales" in d.linear else d.linear.weight,
     },

@@ -4,6 +4,7 @@ import inspect
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_bulwark as bw
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,9 +13,10 @@ from mlx.nn.layers import distributed
 from mlx.utils import tree_flatten
 from mlx_bulwark.privacy import refusals, rules
 from mlx_bulwark.privacy.gradients import clipped_sums
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.models import switch_layers
+from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
-from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 from models import MODELS, adapted, problem
 from oracle import assert_sums_close, numpy64, one_by_one
 
@@ -106,13 +108,27 @@ def test_every_rule_is_of_a_layer_that_exists(name):
     assert layer.__module__ + "." + layer.__qualname__ == name
 
 
-@pytest.mark.parametrize("cls", [SwitchLinear, QuantizedSwitchLinear, LoRASwitchLinear])
-def test_switched_layers_are_refused(cls):
-    layer = cls(64, 64, 2)
-    layer.unfreeze()
-    assert "sorted by expert" in refusals.REFUSED[f"{cls.__module__}.{cls.__qualname__}"]
-    assert refusals.refusal(layer)
-    assert not refusals.refusal(layer.freeze())
+def test_rows_that_are_sorted_by_other_hands_are_refused():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = SwitchLinear(6, 5, 2)
+
+        def __call__(self, x):
+            experts = mx.sort(mx.arange(x.shape[0] * x.shape[1]) % 2)
+            y = self.experts(x.reshape(-1, 1, 6), experts, sorted_indices=True)
+            return y.reshape(x.shape[0], -1)
+
+    model, loss_fn, batch = problem(Own, (5, 6), 3)
+    with pytest.raises(bw.PrivacyError, match="must get its rows sorted by mlx_lm"):
+        clipped_sums(model, loss_fn, batch, None, 1.0, "flat", {})
+
+
+def test_mlx_lm_sorts_as_before_after_a_trace():
+    before = switch_layers._gather_sort
+    model, loss_fn, batch = problem(*MODELS["experts, sorted"][:2], 3)
+    clipped_sums(model, loss_fn, batch, None, 1.0, "flat", {})
+    assert switch_layers._gather_sort is before
 
 
 def sizes(least, most):

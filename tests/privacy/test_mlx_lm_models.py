@@ -97,8 +97,6 @@ def test_dora_over_4_bits():
 
 def test_attention_of_a_mixture_of_experts():
     model = build("mixtral")
-    engine = bw.PrivacyEngine(100, batch_size=10, noise_multiplier=1.0, max_grad_norm=0.1)
-    assert {r.type for r in engine.validate(model).refused} == {"SwitchLinear"}
     for _, module in model.named_modules():
         if type(module).__name__ == "SwitchLinear":
             module.freeze()

@@ -5,8 +5,8 @@ import mlx.nn as nn
 import mlx_bulwark as bw
 import numpy as np
 import pytest
-from mlx_lm.models.switch_layers import SwitchLinear
-from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+from mlx_lm.tuner.lora import LoRALinear
 
 
 def engine():
@@ -45,18 +45,18 @@ def test_private_and_frozen():
 def test_all_problems_at_once():
     quantized = nn.QuantizedLinear(64, 8)
     quantized.unfreeze()
-    model = Token(
-        nn.Dropout(0.5), nn.BatchNorm(4), quantized, nn.QQLinear(64, 64), LoRASwitchLinear(4, 4, 2), nn.Linear(4, 4)
-    )
+    switched = QuantizedSwitchLinear(64, 4, 2)
+    switched.unfreeze()
+    model = Token(nn.Dropout(0.5), nn.BatchNorm(4), quantized, nn.QQLinear(64, 64), switched, nn.Linear(4, 4))
     report = engine().validate(model)
     found = {r.path: r.reason for r in report.refused}
-    assert list(found) == ["", "layers.1", "layers.2", "layers.3", "layers.4", "layers.4.linear"]
+    assert list(found) == ["", "layers.1", "layers.2", "layers.3", "layers.4"]
     for path, says in {
         "": "it owns token, has no rule, and",
         "layers.1": "GroupNorm",
         "layers.2": "trainable weight must be floating",
         "layers.3": "across the batch",
-        "layers.4": "sorted by expert",
+        "layers.4": "must be floating",
     }.items():
         assert says in found[path], found[path]
     assert statuses(model)["layers.5"] == "private"
@@ -184,8 +184,10 @@ def test_a_batch_norm_alone_cannot_be_fixed():
         engine().fix(nn.BatchNorm(4))
 
 
-def test_switched_experts_are_refused_when_trained():
-    model = nn.Sequential(nn.Linear(4, 4), SwitchLinear(4, 4, 2))
-    assert statuses(model)["layers.1"] == "refused"
-    model.layers[1].freeze()
+def test_quantized_experts_are_refused_when_trained():
+    model = nn.Sequential(nn.Linear(4, 4), QuantizedSwitchLinear(64, 4, 2))
     assert statuses(model)["layers.1"] == "frozen"
+    model.layers[1].unfreeze(keys=["scales"])
+    (refused,) = engine().validate(model).refused
+    assert "quantized experts have no rule" in refused.reason
+    assert statuses(nn.Sequential(nn.Linear(4, 4), SwitchLinear(4, 4, 2)))["layers.1"] == "private"

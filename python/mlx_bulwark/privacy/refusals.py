@@ -9,10 +9,6 @@ import mlx.nn as nn
 from .taps import PrivacyError, named_arrays
 
 _SHARDED = "its parameters are spread over several machines, and so would be each example's norm; use data parallelism"
-_ROUTED = (
-    "the tokens of all examples are sorted by expert before they reach it, and what belongs to whom is lost; "
-    "freeze it, and train the attention or a layer that is not switched"
-)
 
 # Types whose trainable parameters are refused.
 REFUSED = {
@@ -28,9 +24,9 @@ REFUSED = {
     "mlx.nn.layers.distributed.QuantizedAllToShardedLinear": _SHARDED,
     "mlx.nn.layers.distributed.QuantizedShardedToAllLinear": _SHARDED,
     "mlx.nn.layers.distributed.FullyShardedModule": _SHARDED,
-    "mlx_lm.models.switch_layers.SwitchLinear": _ROUTED,
-    "mlx_lm.models.switch_layers.QuantizedSwitchLinear": _ROUTED,
-    "mlx_lm.tuner.lora.LoRASwitchLinear": _ROUTED,
+    "mlx_lm.models.switch_layers.QuantizedSwitchLinear": (
+        "quantized experts have no rule; freeze it, dequantize it, or put a LoRA layer around it"
+    ),
 }
 
 

@@ -9,6 +9,7 @@ from .refusals import own_arrays
 from .rules_activations import prelu
 from .rules_convolutions import convolution, transposed_convolution
 from .rules_embeddings import embedding
+from .rules_experts import lora_switch_linear, switch_linear
 from .rules_generic import generic
 from .rules_lora import dora_embedding, dora_linear, lora_embedding, lora_linear
 from .rules_norms import group_norm, instance_norm, layer_norm, rms_norm
@@ -47,6 +48,8 @@ RULES = {
     "mlx_lm.tuner.lora.LoRAEmbedding": Rule(lora_embedding, LORA, **TABLE),
     "mlx_lm.tuner.dora.DoRALinear": Rule(dora_linear, DORA, **DROPOUT),
     "mlx_lm.tuner.dora.DoRAEmbedding": Rule(dora_embedding, DORA, **TABLE),
+    "mlx_lm.models.switch_layers.SwitchLinear": Rule(switch_linear, routed=True),
+    "mlx_lm.tuner.lora.LoRASwitchLinear": Rule(lora_switch_linear, LORA, routed=True, **DROPOUT),
     "mlx_lm.models.gemma.RMSNorm": Rule(rms_norm),
     "mlx_lm.models.gemma2.RMSNorm": Rule(rms_norm),
     "mlx_lm.models.gemma3_text.RMSNorm": Rule(rms_norm),

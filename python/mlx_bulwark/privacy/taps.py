@@ -8,8 +8,9 @@ Between the calls the layer's trainable parameters are hidden behind a `Hidden`,
 gradient the tap would not see, is an error rather than a silent gap in the guarantee.
 """
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn, cast
 
@@ -81,6 +82,7 @@ class Rule(NamedTuple):
     probed: tuple[str, ...] = ()  # children whose input gets a probe too
     # (layer, inputs) -> biases that are run with a probe for each row of the batch, and the probes' shapes
     expanded: Callable[[Any, list[mx.array]], dict[str, tuple[int, ...]]] | None = None
+    routed: bool = False  # sees rows that may be sorted by their experts, all examples together
 
 
 @dataclass
@@ -202,6 +204,22 @@ def _take_arrays(tree: Any) -> tuple[Any, list[mx.array]]:
     return _replace(tree, take), arrays
 
 
+class _Sorted(NamedTuple):
+    """Rows of all examples in the order of their experts."""
+
+    experts: mx.array  # [rows]; held, since it is known by its id
+    inverse: mx.array  # [rows]: where each row went
+    shape: tuple[int, ...]  # [B, ...] of the rows before they were sorted
+
+    def undone(self, rows: mx.array) -> mx.array:
+        """[rows, ...] -> [B, ..., ...]."""
+        return mx.unflatten(rows[self.inverse], 0, self.shape)
+
+    def done(self, rows: mx.array) -> mx.array:
+        """[B, ..., ...] -> [rows, ...]."""
+        return rows.flatten(0, len(self.shape) - 1)[mx.argsort(self.inverse)]
+
+
 class Trace:
     """What one forward pass through tapped layers recorded."""
 
@@ -210,6 +228,7 @@ class Trace:
     ) -> None:
         self.plan, self.probes, self.inner = plan, probes, inner
         self.calls: list[Call] = []
+        self.sorted: dict[int, _Sorted] = {}
 
     def call(self, site: Site, method: str, args: Any, kwargs: Any) -> Any:
         """Run the layer, record, and add the probes."""
@@ -234,6 +253,8 @@ class Trace:
                 (B, *_), _ = self.plan[k].outputs[0]
                 args, kwargs = call.arguments([mx.broadcast_to(a, (B, *a.shape)) for a in inputs])
             result = site.run(site.params, args, kwargs, method, expanded)
+        if site.rule and site.rule.routed:
+            return self._routed(call, result, self.probes[k] if planned else None)
         if not site.rule and _random_state() is not random_state:
             raise PrivacyError(
                 f"[value_and_grad] {site.label} must not draw random numbers but does (dropout?): its forward pass is "
@@ -249,6 +270,46 @@ class Trace:
             return result
         probes = iter(self.probes[k])
         return _replace(result, lambda v: _probe(v, next(probes)) if isinstance(v, mx.array) else v)
+
+    def _routed(self, call: Call, result: mx.array, probes: list[mx.array] | None) -> mx.array:
+        """Record a call with its rows in the order of the examples; the layer itself sees them in any."""
+        x, experts = call.inputs
+        order = self.sorted.get(id(experts))
+        if order is None and call.structure[1].get("sorted_indices"):
+            raise PrivacyError(
+                f"[value_and_grad] {call.site.label} must get its rows sorted by mlx_lm.models.switch_layers but did "
+                "not: what belongs to which example is lost"
+            )
+
+        def of_examples(rows: mx.array) -> mx.array:
+            if order is not None:
+                return order.undone(rows)
+            return mx.broadcast_to(rows, (*experts.shape, *rows.shape[-2:]))
+
+        call.inputs = [of_examples(x), experts if order is None else order.undone(experts)]
+        call.recorded = {name: of_examples(y) for name, y in call.recorded.items()}
+        call.outputs = [of_examples(result)]
+        if probes is None:
+            return result
+        return result + (probes[0] if order is None else order.done(probes[0]))
+
+
+@contextmanager
+def _sorting_recorded(trace: Trace) -> Iterator[None]:
+    """Remember how mlx-lm sorts the rows of all examples by their experts."""
+    layers: Any = sys.modules["mlx_lm.models.switch_layers"]
+    sort = layers._gather_sort
+
+    def recording(x: mx.array, experts: mx.array) -> Any:
+        rows, of_rows, inverse = sort(x, experts)
+        trace.sorted[id(of_rows)] = _Sorted(of_rows, inverse, experts.shape)
+        return rows, of_rows, inverse
+
+    layers._gather_sort = recording
+    try:
+        yield
+    finally:
+        layers._gather_sort = sort
 
 
 @contextmanager
@@ -304,8 +365,10 @@ def tapped(sites: list[Site], trace: Trace) -> Iterator[None]:
     for s in sites:
         s.module.__class__ = _tapped(s.cls, s.methods)
         s.hide()
+    routed = any(s.rule and s.rule.routed for s in sites)
     try:
-        yield
+        with _sorting_recorded(trace) if routed else nullcontext():
+            yield
     except TypeError as e:
         if "Hidden" in str(e):
             raise PrivacyError(
