@@ -25,7 +25,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from . import _native
-from .ops import clip, ghost, neighbors, noise, smooth
+from .ops import clip, ghost, neighbors, noise, smooth, tails
 
 TIME_LIMIT = 600.0  # seconds of a child process; compiling all Metal kernels takes some ten
 SIZE = 10_003
@@ -425,6 +425,87 @@ def _knn() -> Iterator[Case]:
         for metric in neighbors.METRICS:
             yield Case(f"{_name(dtype)}, {metric}", partial(neighbors.knn, x, y, 7, metric))
     yield Case("themselves", partial(neighbors.knn, _normals((300, 33)), k=40))
+
+
+def _with_holes(x: mx.array) -> mx.array:
+    """NaN and infinities at some places."""
+    at = mx.arange(x.size).reshape(x.shape) % 101
+    return mx.where(at == 0, float("nan"), mx.where(at == 7, float("inf"), x)).astype(x.dtype)
+
+
+@_op
+def _column_stats() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        for shape in ((SIZE, 3), (33, 257)):
+            x = _with_holes(_normals(shape, dtype) + 100.0).astype(dtype)
+            yield Case(f"{_name(dtype)}, {shape[0]} x {shape[1]}", partial(tails.column_stats, x))
+
+
+@_op
+def _merge_column_stats() -> Iterator[Case]:
+    chunks = [tails.column_stats_reference(_normals((n, 5)) + n, stream=mx.cpu) for n in (40, 7)]
+    yield Case("float32", partial(tails.merge_column_stats, *chunks))
+
+
+@_op
+def _quantile_table() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        yield Case(_name(dtype), partial(tails.quantile_table, _normals((2003, 5), dtype)))
+
+
+@_op
+def _tail_scores() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        table = tails.quantile_table_reference(_normals((501, 19), dtype), stream=mx.cpu)
+        x = _normals((301, 19), dtype) * 1.1
+        for method, aggregation in (("ecod", "per_feature"), ("copod", "per_feature"), ("ecod", "paper")):
+            for per_column in (False, True):
+                run = partial(tails.tail_scores, x, table, method, aggregation, per_column)
+                yield Case(f"{_name(dtype)}, {method}, {aggregation}", run)
+
+
+@_op
+def _histogram_table() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        yield Case(_name(dtype), partial(tails.histogram_table, _with_holes(_normals((SIZE, 3), dtype))))
+
+
+@_op
+def _histogram_scores() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        table = tails.histogram_table_reference(_normals((501, 19), dtype), stream=mx.cpu)
+        for per_column in (False, True):
+            run = partial(tails.histogram_scores, _normals((301, 19), dtype) * 1.2, table, 0.5, per_column)
+            yield Case(_name(dtype), run)
+
+
+@_op
+def _robust_scale() -> Iterator[Case]:
+    table = tails.quantile_table_reference(_normals((501, 19)), stream=mx.cpu)
+    yield Case("float32", partial(tails.robust_scale, table))
+
+
+@_op
+def _robust_zscore() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        run = partial(tails.robust_zscore, _normals((301, 19), dtype), _normals((19,)), mx.abs(_normals((19,))))
+        yield Case(_name(dtype), run)
+
+
+@_op
+def _mahalanobis() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        for d in (1, 19, 140):
+            cholesky = mx.tril(0.1 * _normals((d, d))) + mx.eye(d)
+            run = partial(tails.mahalanobis, _normals((301, d), dtype), _normals((d,)), cholesky)
+            yield Case(f"{_name(dtype)}, {d} columns", run)
+
+
+@_op
+def _spectral_scores() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        x = (_normals((301, 19)) * mx.array([2.0**-i for i in range(19)])).astype(dtype)
+        yield Case(_name(dtype), partial(tails.spectral_scores, x, 2))
 
 
 # Running them.
