@@ -17,6 +17,7 @@ METHODS = ("ecod", "copod")
 AGGREGATIONS = ("per_feature", "paper")
 MAD_SCALE = 1.4826022185056018  # 1 / Phi^-1(3/4): a normal column's MAD times this is its standard deviation
 OVERSAMPLING = 8  # directions that spectral_scores follows beyond those that it is asked for
+# `&` and `|` of a mapped and an unmapped array are wrong under vmap in MLX 0.32.4; logical_and and logical_or are not.
 _RUN = 32  # MLX adds float32 in sequence on the CPU: the reference splits longer sums
 
 
@@ -132,15 +133,18 @@ def column_stats_reference(x: mx.array, *, stream: Stream = None) -> ColumnStats
         squares = _sum(mx.square(2 * half))
         m2 = mx.where(squares == math.inf, math.inf, squares - count.astype(mx.float32) * mx.square(off))
         mean, rest = _two_sum(first, off)
+        low = _extreme(mx.where(finite, x, math.inf), mx.min, math.inf)
+        high = _extreme(mx.where(finite, x, -math.inf), mx.max, -math.inf)
+        constant = low == high
         return ColumnStats(
             count,
-            mean,
-            mx.where(m2 > 0, m2, 0.0),
-            _extreme(mx.where(finite, x, math.inf), mx.minimum, math.inf),
-            _extreme(mx.where(finite, x, -math.inf), mx.maximum, -math.inf),
+            mx.where(constant, low, mean),
+            mx.where(mx.logical_or(constant, m2 < 0), 0.0, m2),
+            low,
+            high,
             _count(nan),
-            _count(~finite & ~nan),
-            rest,
+            _count(mx.logical_not(mx.logical_or(finite, nan))),
+            mx.where(constant, 0.0, rest),
         )
 
 
@@ -298,6 +302,8 @@ def tail_scores_reference(
 ) -> mx.array:
     """The same as ``tail_scores`` in plain MLX ops."""
     with _on(stream):
+        if not x.size:
+            return _nothing(x, per_column)
         left, right = _tails(x, table)
         return _combined(left, right, table.skewness, method, aggregation, per_column)
 
@@ -387,6 +393,8 @@ def histogram_scores_reference(
 ) -> mx.array:
     """The same as ``histogram_scores`` in plain MLX ops."""
     with _on(stream):
+        if not x.size:
+            return _nothing(x, per_column)
         scores = _column_scores(x, table, tol)
         return scores if per_column else _row_sums(scores)
 
@@ -462,7 +470,7 @@ def robust_zscore_reference(x: mx.array, center: mx.array, scale: mx.array, *, s
     """The same as ``robust_zscore`` in plain MLX ops."""
     with _on(stream):
         difference = x.astype(mx.float32) - center
-        exact = (difference == 0) & (scale == 0)
+        exact = mx.logical_and(difference == 0, scale == 0)
         return mx.where(exact, 0.0, difference / mx.where(exact, 1.0, scale))
 
 
@@ -505,7 +513,7 @@ def mahalanobis_reference(x: mx.array, mean: mx.array, cholesky: mx.array, *, st
     """The same as ``mahalanobis`` in plain MLX ops."""
     with _on(stream):
         if not x.size:
-            return mx.zeros((x.shape[0],))
+            return _nothing(x, per_column=False)
         solved = _forward(cholesky, (x.astype(mx.float32) - mean).T)
         return _row_sums(mx.square(solved).T)
 
@@ -551,7 +559,7 @@ def spectral_scores_reference(x: mx.array, k: int = 1, iterations: int = 16, *, 
     """The same as ``spectral_scores`` in plain MLX ops."""
     with _on(stream):
         if not x.size:
-            return mx.zeros((x.shape[0],))
+            return _nothing(x, per_column=False)
         stats = column_stats_reference(x)
         scores: mx.array = _without_derivative("spectral_scores", lambda x: _spectral(x, stats, k, iterations))(x)
         return scores
@@ -571,10 +579,13 @@ def _count(holds: mx.array) -> mx.array:
     return mx.sum(holds.astype(mx.int32), axis=0) if holds.size else mx.zeros(holds.shape[1:], mx.int32)
 
 
-def _extreme(x: mx.array, least: Callable[[mx.array, mx.array], mx.array], empty: float) -> mx.array:
-    if not x.shape[0]:
-        return mx.full(x.shape[1:], empty)
-    return mx.min(x, axis=0) if least is mx.minimum else mx.max(x, axis=0)
+def _extreme(x: mx.array, of: Callable[..., mx.array], empty: float) -> mx.array:
+    return of(x, axis=0) if x.shape[0] else mx.full(x.shape[1:], empty)
+
+
+def _nothing(x: mx.array, per_column: bool) -> mx.array:
+    """Scores of no rows or of no columns: MLX's sums of transposed arrays without columns take seconds."""
+    return mx.zeros(x.shape if per_column else x.shape[:1])
 
 
 def _two_sum(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
@@ -592,8 +603,8 @@ def _skewness(x: mx.array) -> mx.array:
     stats = column_stats_reference(x)
     # Powers of differences would leave float32: they are taken over the largest one.
     span = mx.maximum(0.5 * stats.maximum - 0.5 * stats.mean, 0.5 * stats.mean - 0.5 * stats.minimum)
-    constant = (stats.count == 0) | ~(stats.maximum > stats.minimum)
-    finite = mx.isfinite(x) & ~constant
+    constant = mx.logical_not(stats.maximum > stats.minimum)
+    finite = mx.logical_and(mx.isfinite(x), mx.logical_not(constant))
     half = (0.5 * x - 0.5 * stats.mean) - 0.5 * stats.mean_rest
     z = mx.where(finite, half / mx.where(constant, 1.0, span), 0.0)
     count = mx.maximum(stats.count, 1).astype(mx.float32)
@@ -634,7 +645,7 @@ def _positions(values: mx.array, query: mx.array, holds: Callable[[mx.array, mx.
     for bit in reversed(range(size.bit_length())):
         candidate = at + (1 << bit)
         value = mx.take_along_axis(values, mx.minimum(candidate, size) - 1, axis=1)
-        at = mx.where((candidate <= size) & holds(value, query), candidate, at)
+        at = mx.where(mx.logical_and(candidate <= size, holds(value, query)), candidate, at)
     return at
 
 
@@ -693,8 +704,11 @@ def _edges(stats: ColumnStats, bins: int) -> tuple[mx.array, mx.array]:
 
 
 def _bin_counts(x: mx.array, edges: mx.array) -> mx.array:
+    bins = edges.shape[1] - 1
+    if not x.size:
+        return mx.zeros((x.shape[1], bins), mx.int32)
+
     def count(x: mx.array, edges: mx.array) -> mx.array:
-        bins = edges.shape[1] - 1
         columns = x.astype(mx.float32).T
         at = mx.minimum(_positions(edges, columns, mx.less_equal), bins)  # the last bin holds its right edge
         at = mx.where(mx.isfinite(columns), at, 0)
@@ -716,7 +730,8 @@ def _column_scores(x: mx.array, table: HistogramTable, tol: float) -> mx.array:
         at = _positions(edges, columns, mx.less)  # bin k holds edges[k] < x <= edges[k + 1]
         found = mx.take_along_axis(scores, mx.clip(at - 1, 0, bins - 1), axis=1)
         low, high, width = edges[:, :1], edges[:, -1:], tol * mx.expand_dims(widths, 1)
-        outside = ((at == 0) & (low - columns > width)) | ((at > bins) & (columns - high > width))
+        below = mx.logical_and(at == 0, low - columns > width)
+        outside = mx.logical_or(below, mx.logical_and(at > bins, columns - high > width))
         found = mx.where(outside, mx.max(scores, axis=1, keepdims=True), found)
         return mx.where(mx.isnan(columns), math.nan, found).T
 
@@ -747,7 +762,8 @@ def _deviation(values: mx.array, counts: mx.array, center: mx.array, position: m
         candidate = start + (1 << bit)
         left = _at(values, mx.minimum(candidate - 1, last))
         right = _at(values, mx.minimum(candidate + position, mx.maximum(counts - 1, 0)))
-        start = mx.where((candidate <= last) & (center - left > right - center), candidate, start)
+        nearer = mx.logical_and(candidate <= last, center - left > right - center)
+        start = mx.where(nearer, candidate, start)
 
     def largest(start: mx.array) -> mx.array:
         return mx.maximum(_away(center, _at(values, start)), _away(_at(values, start + position), center))
