@@ -23,6 +23,7 @@
 #endif
 #include "ghost/ghost.h"
 #include "mlx/version.h"
+#include "neighbors/neighbors.h"
 #include "noise/noise.h"
 #include "smooth/smooth.h"
 
@@ -75,7 +76,7 @@ NB_MODULE(_ext, m) {
   m.def("on_metal", [](mx::StreamOrDevice s) { return on_metal(mx::to_stream(s)); }, "stream"_a = nb::none());
   m.def("sources", [] {
     std::vector<std::tuple<std::string, std::string, std::string>> all;
-    for (auto* s : {&noise_source, &clip_source, &ghost_source, &smooth_source})
+    for (auto* s : {&noise_source, &clip_source, &ghost_source, &neighbors_source, &smooth_source})
       all.emplace_back(s->name, s->text, s->hash);
     return all;
   });
@@ -110,6 +111,8 @@ NB_MODULE(_ext, m) {
         "stream"_a = nb::none());
   m.def("embedding_linear_products", &embedding_linear_products, "tokens"_a, "dy"_a, "x"_a, "dy_linear"_a, "segments"_a,
         "units"_a, "stream"_a = nb::none());
+
+  m.def("knn", &knn, "arrays"_a, "k"_a, "metric"_a, "stream"_a = nb::none());
 
   m.def("noisy_copies", &noisy_copies, "x"_a, "n"_a, "sigma"_a, "key"_a, "counter"_a, "uniform"_a, "bounds"_a,
         "levels"_a, "stream"_a = nb::none());

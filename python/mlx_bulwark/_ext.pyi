@@ -95,6 +95,7 @@ def embedding_linear_products(
     units: int,
     stream: Any = None,
 ) -> mx.array: ...
+def knn(arrays: list[mx.array], k: int, metric: str, stream: Any = None) -> list[mx.array]: ...
 def noisy_copies(
     x: mx.array,
     n: int,

@@ -1,4 +1,7 @@
 import itertools
+import os
+import subprocess
+import sys
 import warnings
 
 import mlx.core as mx
@@ -7,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_bulwark import _native
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 METRICS = ["euclidean", "sqeuclidean", "cosine", "inner_product"]
@@ -83,7 +87,7 @@ def assert_knn(x, y=None, k=5, metric="euclidean", exclude=None, exact=False, rt
     if metric == "inner_product":  # as exact as its terms
         scale = (abs(np64(x)) @ abs(np64(x if y is None else y)).T)[np.isfinite(every)].max(initial=0)
     if metric == "cosine":  # unit rows are rounded: of a distance D, by some 1e-7 sqrt(D)
-        scale = 1e-7 * np.sqrt(np.nanmax(want, initial=0)) / rtol
+        scale = 1e-7 * np.sqrt(np.nanmax(want, initial=1e-12)) / rtol
     at = np.take_along_axis(every, np.maximum(indices, 0), 1)
     kept = order >= 0
     with np.errstate(over="ignore"):
@@ -390,3 +394,62 @@ def test_bad_arguments(backend):
     ]:
         with pytest.raises(ValueError, match=says):
             call()
+
+
+def test_threads_and_blocks_change_nothing():
+    """More rows than a block of the CPU path has, by one thread and by three, by themselves and by halves."""
+    x = rand((1500, 9))
+    with _native.using("native"):
+        want = bw.knn(x, k=20)
+        mx.eval(want)
+        try:
+            for threads in (1, 3):
+                _native.ext.set_num_threads(threads)
+                mx.eval(got := bw.knn(x, k=20))
+                assert bits(got) == bits(want)
+        finally:
+            _native.ext.set_num_threads(os.cpu_count() or 1)
+        assert bits(bw.knn(x, x, k=20, exclude=mx.arange(1500))) == bits(want)
+    assert_knn(x, None, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "darwin", reason="one instruction set")
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    """The tests of values, in a process of their own for each."""
+    tests = "queries or themselves or ties or duplicates or whole_numbers or not_finite"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", __file__, "-k", f"({tests}) and not every_instruction"],
+        env=os.environ | {"BULWARK_ISA": isa, "BULWARK_TEST_BACKENDS": "native"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.slow
+def test_without_a_blas():
+    code = "import sys; sys.modules['scipy_openblas32'] = None; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-q", __file__, "-k", "queries or ties or offsets or themselves"],
+        env=os.environ | {"BULWARK_TEST_BACKENDS": "native"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_few_rows_against_many(metric):
+    """The rows of y are cut into parts."""
+    with _native.using("native"):
+        y = rand((9000, 6), seed=1)
+        assert_knn(rand((3, 6)), y, 7, metric)
+        assert_knn(rand((3, 6)), mx.concatenate([y[:40]] * 230), 60, metric)
+
+
+def test_most_neighbors():
+    with _native.using("native"):
+        assert_knn(rand((4, 5)), rand((3000, 5), seed=1), 1024)
+        assert_knn(rand((1100, 5)), None, 1024)

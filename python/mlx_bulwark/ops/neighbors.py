@@ -144,6 +144,8 @@ def _(arrays: list[mx.array], stream: Any, parameters: str) -> list[mx.array]:
 
 
 def _knn(arrays: list[mx.array], k: int, metric: str, stream: Stream) -> Neighbors:
+    if _native.runs_native(stream) and not _native.ext.on_metal(stream):
+        return Neighbors(*_native.ext.knn(arrays, k, metric, stream))
     with _on(stream):
         return knn_reference(arrays, k, metric)
 

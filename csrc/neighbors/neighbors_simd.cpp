@@ -1,0 +1,94 @@
+#include "neighbors/neighbors_simd.h"
+
+#include <string.h>
+#if defined(__AVX2__)
+  #include <immintrin.h>
+#endif
+
+namespace bulwark::BULWARK_ISA {
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t Mask __attribute__((vector_size(4 * LANES)));
+typedef float HalfVec __attribute__((vector_size(2 * LANES)));
+typedef double Doubles __attribute__((vector_size(4 * LANES)));  // one for each lane of a HalfVec
+
+static Vec load(const float* p) {
+  Vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static Doubles load_doubles(const float* p) {
+  HalfVec v;
+  memcpy(&v, p, sizeof v);
+  return __builtin_convertvector(v, Doubles);
+}
+
+// A bit for each lane that is set.
+static uint32_t bits_of(const Mask& m) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask((__m512i)m);
+#elif defined(__AVX2__)
+  return uint32_t(_mm256_movemask_ps((__m256)m));
+#else
+  uint64_t any[2];
+  memcpy(any, &m, sizeof any);
+  if (!(any[0] | any[1])) return 0;
+  uint32_t bits = 0;
+  for (int k = 0; k < LANES; k++) bits |= uint32_t(m[k] & 1) << k;
+  return bits;
+#endif
+}
+
+static size_t scan(const float* a, float b, const float* s, float f, const float* c, size_t n, uint32_t* hits) {
+  size_t count = 0, j = 0;
+  for (; j + LANES <= n; j += LANES) {
+    Mask within = load(a + j) - b <= load(s + j) + f * load(c + j);
+    for (uint32_t bits = bits_of(within); bits; bits &= bits - 1) hits[count++] = uint32_t(j) + __builtin_ctz(bits);
+  }
+  for (; j < n; j++)
+    if (a[j] - b <= s[j] + f * c[j]) hits[count++] = uint32_t(j);
+  return count;
+}
+
+template <class Term>
+static double sum(size_t n, Term term) {
+  constexpr size_t STEP = LANES / 2;
+  Doubles sums[2] = {};
+  size_t i = 0;
+  for (; i + 2 * STEP <= n; i += 2 * STEP) {
+    sums[0] += term(i);
+    sums[1] += term(i + STEP);
+  }
+  sums[0] += sums[1];
+  double total = 0;
+  for (size_t k = 0; k < STEP; k++) total += sums[0][k];
+  return total;
+}
+
+static double sq_distance(const float* x, double fx, const float* y, double fy, size_t n) {
+  double total = sum(n, [=](size_t i) {
+    Doubles difference = fx * load_doubles(x + i) - fy * load_doubles(y + i);
+    return difference * difference;
+  });
+  for (size_t i = n / LANES * LANES; i < n; i++) {
+    double difference = fx * x[i] - fy * y[i];
+    total += difference * difference;
+  }
+  return total;
+}
+
+static double product(const float* x, const float* y, size_t n) {
+  double total = sum(n, [=](size_t i) { return load_doubles(x + i) * load_doubles(y + i); });
+  for (size_t i = n / LANES * LANES; i < n; i++) total += double(x[i]) * y[i];
+  return total;
+}
+
+const NeighborsKernels neighbors_kernels{scan, sq_distance, product};
+}  // namespace bulwark::BULWARK_ISA
