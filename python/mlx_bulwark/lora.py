@@ -23,6 +23,7 @@ from tqdm import tqdm
 from .demo.progress import Stop, stoppable, waiting
 from .privacy import Batches, PrivacyEngine, TokenRows, token_loss
 from .privacy.ledger import read_ledger
+from .privacy.optimizer import PrivateOptimizer
 from .privacy.taps import named_arrays
 
 LEDGER = "ledger.jsonl"
@@ -35,6 +36,8 @@ DEFAULTS: dict[str, Any] = {
     "clipping": "flat",
     "accountant": "pld",
     "report_loss": False,
+    "unit_key": None,
+    "max_rows_per_unit": None,
 }
 OPTIMIZERS = {
     "adam": optim.Adam,
@@ -45,7 +48,10 @@ OPTIMIZERS = {
 }
 REFUSED = {  # settings of mlx_lm.lora that have no place here
     "grad_accumulation_steps": "batch_size is that of a whole step; microbatch_size is what is held in memory",
-    "grad_checkpoint": "private gradients are taken layer by layer, which checkpoints hide",
+    "grad_checkpoint": (
+        "it drops what the layers saw, which private gradients need; a smaller --microbatch-size saves memory and "
+        "changes nothing else"
+    ),
     "report_to": "what depends on the data is not sent anywhere",
 }
 
@@ -60,7 +66,10 @@ class Figures:
 
     model: str
     fine_tune_type: str
-    dataset_size: int
+    rows: int
+    unit_key: str | None
+    max_rows_per_unit: int | None
+    dataset_size: int  # rows, or units where rows have a key of theirs
     epsilon: float
     epsilon_target: float
     delta: float
@@ -77,6 +86,7 @@ class Figures:
     trainable_parameters: int
     adapter_path: str
     seconds_per_step: float | None = None
+    peak_memory_bytes: int | None = None
     validation_losses: list[tuple[int, float]] = field(default_factory=list)
     test_loss: float | None = None
     interrupted: bool = False
@@ -113,10 +123,18 @@ def parse(arguments: Sequence[str]) -> tuple[types.SimpleNamespace, Path | None]
     private.add_argument("--clipping", help="flat, automatic or per_layer (default: flat)")
     private.add_argument("--accountant", help="pld or rdp (default: pld)")
     private.add_argument(
-        "--microbatch-size", type=int, help="examples held in memory; --batch-size is that of a step (default: 4, 64)"
+        "--microbatch-size",
+        type=int,
+        help="rows held in memory; --batch-size is the examples, or units, of a step (default: 4, 64)",
     )
     private.add_argument(
         "--report-loss", action="store_true", default=None, help="show the training loss, which epsilon does not cover"
+    )
+    private.add_argument(
+        "--unit-key", metavar="KEY", help="protect all rows with the same KEY, such as user, as one (default: each row)"
+    )
+    private.add_argument(
+        "--max-rows-per-unit", type=int, help="rows of one unit in a step, chosen secretly (default: --microbatch-size)"
     )
     private.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file as well")
     given = vars(parser.parse_args(arguments))
@@ -171,6 +189,16 @@ def _checked(args: types.SimpleNamespace) -> types.SimpleNamespace:
         value = getattr(args, name)
         if not isinstance(value, int) or value < 1:
             raise SettingError(f"{_flag(name)} must be a positive whole number but is {value}")
+    if args.max_rows_per_unit is not None and args.unit_key is None:
+        raise SettingError("--max-rows-per-unit must come with --unit-key but comes alone")
+    if args.unit_key is not None:
+        if args.max_rows_per_unit is None:
+            args.max_rows_per_unit = args.microbatch_size
+        if not isinstance(args.max_rows_per_unit, int) or not 1 <= args.max_rows_per_unit <= args.microbatch_size:
+            raise SettingError(
+                f"--max-rows-per-unit must be from 1 to the {args.microbatch_size} of --microbatch-size but is "
+                f"{args.max_rows_per_unit}"
+            )
     if args.delta is not None and not 0 < args.delta < 1:
         raise SettingError(f"--delta must be in (0, 1) but is {args.delta}")
     for name, known in {
@@ -199,21 +227,28 @@ def train(args: types.SimpleNamespace, say: Callable[[str], None] = print) -> Fi
     """
     with stoppable() as stop:
         model, tokenizer = _load(args)
-        rows, validation, test = _data(args, tokenizer)
+        rows, units, validation, test = _data(args, tokenizer)
         if rows.num_truncated:
             say(f"{rows.num_truncated} examples are longer than {args.max_seq_length} tokens and were cut off")
         folder = Path(args.adapter_path)
         _prepare(args, model)
         with waiting("Finding the noise"):
-            engine, before = _engine(args, len(rows), folder)
+            engine, before = _engine(args, len(rows) if units is None else len(set(units)), folder)
         report = engine.validate(model)
         if not report.is_valid:
             raise SettingError(f"the model cannot be trained privately:\n{report}")
-        figures = _figures(args, engine, model, before)
+        batches = engine.batches(
+            rows.data,
+            steps=args.iters,
+            microbatch_size=args.microbatch_size,
+            units=units,
+            max_rows_per_unit=args.max_rows_per_unit,
+        )
+        figures = _figures(args, engine, model, before, len(rows))
         _announce(figures, say)
         _save_config(args, figures, folder)
         try:
-            _steps(args, engine, model, rows, validation, figures, stop)
+            _steps(args, engine, model, batches, validation, figures, stop)
         except KeyboardInterrupt:
             figures.interrupted = True
         finally:
@@ -241,8 +276,8 @@ def _load(args: types.SimpleNamespace) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _data(args: types.SimpleNamespace, tokenizer: Any) -> tuple[TokenRows, Any, Any]:
-    """Training rows, and validation and test data as mlx-lm takes them."""
+def _data(args: types.SimpleNamespace, tokenizer: Any) -> tuple[TokenRows, list[str] | None, Any, Any]:
+    """Training rows and their units, and validation and test data as mlx-lm takes them."""
     from mlx_lm.tuner.datasets import CacheDataset, load_dataset
 
     try:
@@ -257,9 +292,26 @@ def _data(args: types.SimpleNamespace, tokenizer: Any) -> tuple[TokenRows, Any, 
     examples = CacheDataset(train_set)
     with waiting("Reading the data"):
         rows = TokenRows([examples[i] for i in range(len(examples))], args.max_seq_length)
-    if args.batch_size > len(rows):
-        raise SettingError(f"--batch-size must be at most the {len(rows)} training examples but is {args.batch_size}")
-    return rows, CacheDataset(validation) if len(validation) else None, CacheDataset(test) if len(test) else None
+    units = None if args.unit_key is None else _units(train_set, args.unit_key)
+    most, what = (len(rows), "examples") if units is None else (len(set(units)), f"different {args.unit_key}")
+    if args.batch_size > most:
+        raise SettingError(f"--batch-size must be at most the {most} training {what} but is {args.batch_size}")
+    kept, tested = (CacheDataset(d) if len(d) else None for d in (validation, test))
+    return rows, units, kept, tested
+
+
+def _units(train_set: Any, key: str) -> list[str]:
+    """Whose each row is; 7 and "7" are the same."""
+    units = []
+    for i in range(len(train_set)):
+        value = train_set[i].get(key)
+        if not isinstance(value, str | int) or isinstance(value, bool):
+            raise SettingError(
+                f"--unit-key must be in every row, with a string or a whole number, but {key!r} of row {i + 1} is "
+                f"{value!r}"
+            )
+        units.append(str(value))
+    return units
 
 
 def _prepare(args: types.SimpleNamespace, model: Any) -> None:
@@ -325,7 +377,7 @@ def _engine(args: types.SimpleNamespace, dataset_size: int, folder: Path) -> tup
 
 def _ledger(args: types.SimpleNamespace, folder: Path) -> Path:
     """The ledger that this run continues or begins."""
-    ledger = folder / LEDGER
+    ledger, config = folder / LEDGER, folder / "adapter_config.json"
     if args.resume_adapter_file is None:
         if ledger.exists():
             raise SettingError(
@@ -338,13 +390,21 @@ def _ledger(args: types.SimpleNamespace, folder: Path) -> Path:
         raise SettingError(
             f"--adapter-path must be {beside.parent}, where the ledger of these adapters is, but is {folder}"
         )
+    if config.exists() and (before := json.loads(config.read_text()).get("unit_key")) != args.unit_key:
+        raise SettingError(
+            f"--unit-key must be {before}, as the steps of {ledger} had it, but is {args.unit_key}: one budget is of "
+            "one kind of unit"
+        )
     return ledger
 
 
-def _figures(args: types.SimpleNamespace, engine: PrivacyEngine, model: Any, before: int) -> Figures:
+def _figures(args: types.SimpleNamespace, engine: PrivacyEngine, model: Any, before: int, rows: int) -> Figures:
     return Figures(
         model=str(args.model),
         fine_tune_type=args.fine_tune_type,
+        rows=rows,
+        unit_key=args.unit_key,
+        max_rows_per_unit=args.max_rows_per_unit,
         dataset_size=engine.dataset_size,
         epsilon=engine.epsilon(args.delta),
         epsilon_target=float(args.epsilon),
@@ -366,8 +426,12 @@ def _figures(args: types.SimpleNamespace, engine: PrivacyEngine, model: Any, bef
 
 def _announce(figures: Figures, say: Callable[[str], None]) -> None:
     f = figures
+    data, unit = f"{f.rows} examples", "example"
+    if f.unit_key is not None:
+        data = f"{data} of {f.dataset_size} different {f.unit_key}"
+        unit = f"{f.unit_key} (at most {f.max_rows_per_unit} examples)"
     say(
-        f"{f.dataset_size} examples, {f.trainable_parameters:,} trainable parameters; each step draws every example "
+        f"{data}, {f.trainable_parameters:,} trainable parameters; each step draws every {unit} "
         f"with probability {f.sample_rate:.4g}, clips its gradient to norm {f.max_grad_norm:g} and adds noise of "
         f"{f.noise_multiplier:.3f} times that"
     )
@@ -375,18 +439,21 @@ def _announce(figures: Figures, say: Callable[[str], None]) -> None:
         say(f"the ledger holds {f.steps_before} steps already: epsilon {f.epsilon:.3f} of {f.epsilon_target:g}")
     if f.delta >= 1 / f.dataset_size:
         say(
-            f"WARNING: delta {f.delta:g} is not below 1 / {f.dataset_size}, the number of examples: publishing one of "
-            "them whole would be within such a guarantee"
+            f"WARNING: delta {f.delta:g} is not below 1 / {f.dataset_size}, the number of "
+            f"{'examples' if f.unit_key is None else 'units'}: publishing one of them whole would be within such a "
+            "guarantee"
         )
 
 
 def guarantee(figures: Figures) -> str:
     """Say what was spent, and for whom it holds."""
     f = figures
+    whose = "One line of the training data is one example: who wrote several is protected line by line."
+    if f.unit_key is not None:
+        whose = f"A unit is all lines of the training data with the same {f.unit_key}."
     return (
         f"epsilon {f.epsilon:.3f} of {f.epsilon_target:g} at delta {f.delta:.3g} after {f.steps} steps "
-        f"({f.adjacency}; {f.accountant.upper()}). One line of the training data is one example: who wrote several is "
-        "protected line by line."
+        f"({f.adjacency}; {f.accountant.upper()}). {whose}"
     )
 
 
@@ -416,14 +483,13 @@ def _steps(
     args: types.SimpleNamespace,
     engine: PrivacyEngine,
     model: Any,
-    rows: TokenRows,
+    batches: Batches,
     validation: Any,
     figures: Figures,
     stop: Stop,
 ) -> None:
     optimizer = engine.wrap(_optimizer(args))
     step = engine.compiled_step(model, optimizer, token_loss)
-    batches: Batches = engine.batches(rows.data, steps=args.iters, microbatch_size=args.microbatch_size)
     folder, first = Path(args.adapter_path), engine.steps
     total, weight = mx.array(0.0), mx.array(0)
     _validate(args, model, validation, engine.steps, figures)
@@ -442,10 +508,10 @@ def _steps(
             if not batch.last:
                 continue
             done = engine.steps - first
-            figures.seconds_per_step = took / done
+            figures.seconds_per_step, figures.peak_memory_bytes = took / done, mx.get_peak_memory()
             bar.update()
             if done % args.steps_per_report == 0 or done == args.iters:
-                bar.set_postfix_str(_progress(engine, args, total, weight))
+                bar.set_postfix_str(_progress(engine, args, optimizer, total, weight))
                 total, weight = mx.array(0.0), mx.array(0)
             if done % args.save_every == 0:
                 _save(model, folder / "adapters.safetensors")
@@ -456,8 +522,11 @@ def _steps(
             stop.check()
 
 
-def _progress(engine: PrivacyEngine, args: types.SimpleNamespace, total: mx.array, weight: mx.array) -> str:
-    text = f"epsilon {engine.epsilon(args.delta):.3f}"
+def _progress(
+    engine: PrivacyEngine, args: types.SimpleNamespace, optimizer: PrivateOptimizer, total: mx.array, weight: mx.array
+) -> str:
+    text = f"epsilon {engine.epsilon(args.delta):.3f} of {args.epsilon:g}, rate {optimizer.learning_rate.item():.3g}"
+    text += f", peak {mx.get_peak_memory() / 1e9:.2f} GB"
     if args.report_loss:
         text += f", loss {(total / mx.maximum(weight, 1)).item():.3f} (not covered by epsilon)"
     return text

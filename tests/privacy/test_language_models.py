@@ -145,7 +145,7 @@ def test_gradients_are_those_of_one_example_after_the_other(model_of, data, tmp_
     """`engine.check` runs a one-by-one loop, finds coupled losses, and looks at the noise of every parameter."""
     args = lora.parse(arguments(model_of(kind), data, tmp_path, "--fine-tune-type", kinds))[0]
     model, tokenizer = lora._load(args)
-    rows, _, _ = lora._data(args, tokenizer)
+    rows, _, _, _ = lora._data(args, tokenizer)
     lora._prepare(args, model)
     if kinds != "full":  # a fresh adapter has B = 0, and no gradient in A
         model.load_weights([(k, v + 0.01) for k, v in tree_flatten(model.trainable_parameters())], strict=False)
@@ -226,7 +226,7 @@ def test_microbatches_do_not_change_the_gradient(model_of, data, tmp_path):
     for size in (3, 40):
         args = lora.parse(arguments(model_of(), data, tmp_path, "--optimizer", "sgd"))[0]
         model, tokenizer = lora._load(args)
-        rows, _, _ = lora._data(args, tokenizer)
+        rows, _, _, _ = lora._data(args, tokenizer)
         lora._prepare(args, model)
         engine = bw.PrivacyEngine(40, sample_rate=1.0, noise_multiplier=0.0, max_grad_norm=1.0, steps=2)
         optimizer = engine.wrap(lora._optimizer(args))
@@ -243,7 +243,7 @@ def test_prompts_are_masked(model_of, tmp_path):
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(d) + "\n" for d in lines))
     args = lora.parse(arguments(model_of(), tmp_path, tmp_path / "a", "--mask-prompt"))[0]
     _, tokenizer = lora._load(args)
-    rows, validation, _ = lora._data(args, tokenizer)
+    rows, _, validation, _ = lora._data(args, tokenizer)
     assert rows.data[1].tolist() == [[4, 7]] * 10
     assert validation is None
 
@@ -280,6 +280,35 @@ def test_command(monkeypatch, capsys, model_of, data, tmp_path):
     assert "loss" not in " ".join(line for line in printed.out.splitlines() if "validation" not in line)
 
 
+def test_users_are_units(monkeypatch, capsys, model_of, data, tmp_path):
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    users = tmp_path / "users"
+    users.mkdir()
+    write = lambda rows: (users / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))  # noqa: E731
+    write([{**row, "user": i % 10 if i % 20 < 10 else str(i % 10)} for i, row in enumerate(rows)])
+    file = tmp_path / "figures.json"
+    words = ["--unit-key", "user", "--max-rows-per-unit", 3, "--batch-size", 5, "--delta", 0.01, "--json", file]
+    assert command(monkeypatch, *arguments(model_of(), users, tmp_path / "a", *words)) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "40 examples of 10 different user" in out
+    assert "each step draws every user (at most 3 examples) with probability 0.5" in out
+    assert (
+        "(add or remove one unit (all its rows); PLD). A unit is all lines of the training data with the same user."
+        in out
+    )
+    figures = json.loads(file.read_text())
+    assert (figures["rows"], figures["dataset_size"], figures["sample_rate"]) == (40, 10, 0.5)
+    expected = bw.compute_epsilon(figures["noise_multiplier"], 0.5, figures["steps"], 0.01)
+    assert figures["epsilon"] == pytest.approx(expected, rel=1e-6)
+    assert figures["peak_memory_bytes"] > 0
+    again = ["--resume-adapter-file", tmp_path / "a" / "adapters.safetensors"]
+    assert command(monkeypatch, *arguments(model_of(), users, tmp_path / "a", *again)) == 2
+    assert "--unit-key must be user, as the steps of" in capsys.readouterr().err
+    write(rows[:1] + [{**row, "user": 1} for row in rows[1:]])
+    assert command(monkeypatch, *arguments(model_of(), users, tmp_path / "b", "--unit-key", "user")) == 2
+    assert "--unit-key must be in every row" in capsys.readouterr().err
+
+
 def test_losses_are_not_shown_unasked(monkeypatch, capsys, model_of, data, tmp_path):
     assert command(monkeypatch, *arguments(model_of(), data, tmp_path / "a", "--steps-per-report", 1)) == 0
     printed = capsys.readouterr()
@@ -294,6 +323,8 @@ def test_losses_are_not_shown_unasked(monkeypatch, capsys, model_of, data, tmp_p
         (["--delta", "1"], r"--delta must be in \(0, 1\) but is 1.0"),
         (["--batch-size", "41"], "--batch-size must be at most the 40 training examples but is 41"),
         (["--num-layers", "3"], "--num-layers must be at most the model's 2 but is 3"),
+        (["--max-rows-per-unit", "2"], "--max-rows-per-unit must come with --unit-key but comes alone"),
+        (["--unit-key", "a", "--max-rows-per-unit", "5"], "--max-rows-per-unit must be from 1 to the 4 of"),
         (["--clipping", "soft"], "--clipping must be one of flat, automatic, per_layer but is soft"),
         (["--grad-accumulation-steps", "2"], "--grad-accumulation-steps must be left out"),
         (["--grad-checkpoint"], "--grad-checkpoint must be left out"),
