@@ -1,7 +1,12 @@
-"""Randomized smoothing: noisy copies and votes.
+"""Randomized smoothing: noisy copies, votes, and whole certificates.
 
 Timed is the steady state: buffers exist and their pages are mapped, so that MLX's cache limit is raised. torch's side
 stands in two forms: `randn` and additions into new tensors, and `normal_` in place on a tensor that it keeps.
+
+A certificate is n0 = 100 draws and n = 1000 others, in batches of 100: what every side is given. Beside it stands the
+same number of forward passes of the same model on a batch of noisy copies that is there (on other data MLX's ReLU takes
+another time). The peers run the same weights on torch, with
+as many threads, and the check of a case gives all of them the same counts: their decisions must agree.
 """
 
 import math
@@ -9,13 +14,17 @@ import math
 import mlx.core as mx
 import mlx_bulwark as bw
 import numpy as np
+from mlx_bulwark import smoothing
 from mlx_bulwark.ops import smooth
 from scipy import special
+
+from benchmarks import smooth_peers as peers
 
 KEY = bw.random_key()
 COUNTER = mx.array([0, 0], mx.uint32)
 SIGMA = 0.25
 BATCH = 1000
+N0, N, DRAWS = 100, 1000, 100  # of a certificate: for the guess, for the bound, in a batch
 
 
 def run(bench):
@@ -24,6 +33,9 @@ def run(bench):
         noisy_copies(bench, "noisy_copies", (3, 32, 32))
         noisy_copies(bench, "noisy_copies_28x28", (28, 28))
         count_votes(bench)
+        certify_mlp(bench)
+        certify_cnn(bench)
+        peak_memory(bench)
     finally:
         mx.set_cache_limit(limit)
 
@@ -99,3 +111,105 @@ def count_votes(bench):
         bench.row(f"{case}/vs_reference", times.ratio("reference", "ours"), "x", peer="plain MLX ops", better="higher")
         if torch:
             bench.row(f"{case}/vs_torch", times.ratio("torch", "ours"), "x", peer="torch", better="higher")
+
+
+def certify_mlp(bench):
+    x = np.random.default_rng(0).random((4, 784), np.float32)
+    certify(bench, "certify_mlp", peers.mlp(), x)
+
+
+def certify_cnn(bench):
+    data = peers.packaged_data()
+    if data is None:
+        return
+    x = peers.images(data, 4)
+    contestants, torch = {}, bench.peer("torch")
+    art = bench.peer("statsmodels") and bench.peer("art")  # which imports it as it decides
+    if torch:
+        model, rows = peers.torch_cnn(torch, data), torch.from_numpy(x.transpose(0, 3, 1, 2).copy())
+        contestants["torch"] = lambda: [peers.torch_loop(torch, model, row, N0, N, DRAWS) for row in rows]
+        last = {"memory_format": torch.channels_last}
+        other, other_rows = peers.torch_cnn(torch, data).to(**last), rows.contiguous(**last)
+        contestants["channels last"] = lambda: [peers.torch_loop(torch, other, r, N0, N, DRAWS) for r in other_rows]
+    if torch and art:
+        certifier = peers.art(torch, model, (1, 28, 28), N0)
+        contestants["art"] = lambda: certifier.certify(rows.numpy(), n=N, batch_size=DRAWS)
+        bench.check("certify_cnn", lambda: decisions_agree(certifier))
+    times = certify(bench, "certify_cnn", peers.cnn(data), x, contestants)
+    if torch:
+        for name, metric in (("torch", "vs_torch_loop"), ("channels last", "vs_torch_loop_channels_last")):
+            ratio = times.ratio(name, "ours")
+            bench.row(f"certify_cnn/{metric}", ratio, "x", peer="the algorithm on torch", better="higher")
+    if torch and art:
+        bench.row("certify_cnn/vs_art", times.ratio("art", "ours"), "x", peer=f"ART {art.__version__}", better="higher")
+
+
+def smoothed(model):
+    return smoothing.Smooth(model, peers.CLASSES, peers.SIGMA)
+
+
+def certify(bench, case, model, x, contestants=None):
+    certifier, x = smoothed(model), mx.array(x)
+    forward, batch = mx.compile(model), bw.noisy_copies(x[0], DRAWS, peers.SIGMA, KEY, COUNTER)
+    mx.eval(batch)
+    passes = len(x) * (N0 + N) // DRAWS
+
+    def bare():
+        for _ in range(passes):
+            mx.eval(forward(batch))
+
+    contestants = dict(contestants or {}) | {
+        "ours": lambda: certifier.certify(x, N0, N, peers.ALPHA, DRAWS),
+        "bare": bare,
+    }
+    bench.check(case, lambda: same_certificates(contestants))
+    times = bench.compare(contestants)
+    bench.row(f"{case}/time_an_input", times["ours"].median / len(x) * 1e3, "ms", better="lower")
+    ratio = times.ratio("ours", "bare")
+    bench.row(f"{case}/over_bare_forward", ratio, "x", peer="the model's forward passes", better="lower")
+    return times
+
+
+def same_certificates(contestants):
+    """The same classes by all, and radii whose votes differ by what 1000 draws may: five deviations of each."""
+    found = contestants["ours"]()
+    want = [
+        peers.decide(p, np.bincount([p], [v], peers.CLASSES), N)
+        for p, v in zip(found.prediction, found.votes, strict=True)
+    ]
+    assert [w.prediction for w in want] == found.prediction.tolist()
+    assert np.allclose([w.radius for w in want], found.radius, atol=1e-9)
+    for name in set(contestants) - {"ours", "bare"}:
+        result = contestants[name]()
+        other = [peers.Decision(*r) for r in (zip(*result, strict=True) if name == "art" else result)]
+        assert [d.prediction for d in other] == found.prediction.tolist(), name
+        shares = [special.ndtr(np.array(r) / peers.SIGMA) for r in ([d.radius for d in other], found.radius)]
+        assert abs(shares[0] - shares[1]).max() < 5 * math.sqrt(2 * 0.25 / N), name
+
+
+def decisions_agree(certifier):
+    """Ours, the published algorithm's and ART's on the same counts."""
+    for n in (100, N, 100_000):
+        for share in (0.3, 0.5, 0.51, 0.55, 0.6, 0.8, 0.99, 0.999, 1.0):
+            counts = np.bincount([3], [round(share * n)], peers.CLASSES).astype(np.int64)
+            want = peers.decide(3, counts, n)
+            radius = float(smoothing.certified_radius(int(counts[3]), n, peers.ALPHA, peers.SIGMA))
+            ours = peers.Decision(3 if radius > 0 else smoothing.ABSTAIN, radius)
+            for found in (ours, peers.art_decision(certifier, 3, counts, n)):
+                assert found.prediction == want.prediction, (found, want)
+                assert abs(found.radius - want.radius) < 1e-9, (found, want)
+
+
+def setup_certify(n):
+    mx.set_cache_limit(0)
+    certifier, x = smoothed(peers.mlp()), mx.array(np.random.default_rng(0).random((1, 784), np.float32))
+    certifier.certify(x, N0, 2 * DRAWS, peers.ALPHA, DRAWS)
+    return lambda: mx.array(certifier.certify(x, N0, n, peers.ALPHA, DRAWS).radius[0])
+
+
+def peak_memory(bench):
+    """Bounded by the batch: ten times the draws take no more."""
+    few, many = (bench.peak_memory(setup_certify, n, steps=1) for n in (N, 10 * N))
+    bench.check("certify_mlp", many < few + (8 << 20))
+    bench.row("certify_mlp/peak_memory_1000_draws", few / 2**20, "MiB", better="lower")
+    bench.row("certify_mlp/peak_memory_10000_draws", many / 2**20, "MiB", better="lower")
