@@ -110,8 +110,25 @@ def cases():
             yield f"clip.clip_and_sum.{name}", lambda x=x: [bw.clip_and_sum(x, 1.0, sigma=1.0, key=KEY, counter=0)[0]]
     leaves = [normals((8, n), mx.bfloat16) for n in (70_001, 257, 20_000, 64, 9, 40_004, 1, 3000, 30_011)]
     yield "clip.clip_and_sum.9_leaves_bfloat16", lambda: bw.clip_and_sum(leaves, 1.0)[0]
+    yield from tree_cases()
     yield from ghost_cases()
     yield from smooth_cases()
+
+
+def tree_cases():
+    """60 leaves, as five blocks of a transformer have them."""
+    width, inner = 64, 256
+    attention = [n for _ in range(4) for n in (width * width, width)]
+    block = [*attention, inner * width, inner, width * inner, width]
+    for dtype in (mx.float32, mx.bfloat16):
+        leaves = [normals((4, n), dtype) for n in 5 * block]
+        name = "4x60_leaves" + ("" if dtype == mx.float32 else "_bfloat16")
+        yield f"clip.sq_norms.{name}", lambda x=leaves: [bw.sample_sq_norms(x)]
+        yield f"clip.clipped_sum.{name}", lambda x=leaves: bw.clipped_sum(x, mx.ones(4))
+        yield (
+            f"clip.clip_and_sum.{name}",
+            lambda x=leaves: bw.clip_and_sum(x, 1.0, sigma=1.0, key=KEY, counter=0)[0],
+        )
 
 
 def agree(a, b):

@@ -7,41 +7,51 @@ constant bool has_noise [[function_constant(1)]];
 constant bool has_mask [[function_constant(2)]];
 constant bool automatic [[function_constant(3)]];
 constant bool has_sums [[function_constant(4)]];
+constant bool many_leaves [[function_constant(5)]];  // more than there are buffers for: their addresses are `inputs`
 
-// Up to 8 leaves a call. What the host says of leaf i stands at leaves[8 i]:
-constant uint SIZE = 0u;         // values of one sample
-constant uint TYPE = 1u;         // 0 float32, 1 float16, 2 bfloat16
-constant uint FIRST_GROUP = 2u;  // of the threadgroups that are this leaf's
-constant uint CHUNK = 3u;        // norms: values in a chunk
-constant uint CHUNKS = 4u;       // norms: chunks of one sample
-constant uint PARTIAL = 5u;      // norms: number of the first chunk among those of all leaves
-constant uint QUADS = 3u;        // sums: quads of columns of a threadgroup
-constant uint SLICES = 4u;       // sums: so many threads share the samples of a column
-constant uint TILE = 5u;         // sums: first tile of its noise
-constant uint OUTPUT = 6u;       // sums: number of the array that takes them
-constant uint AT = 7u;           // sums: where in that array they begin; short samples: the leaf's first column
+// What the host says of leaf i stands at leaves[8 i]. A column is a value of a sample, counted over all leaves.
+constant uint SIZE = 0u;    // columns
+constant uint TYPE = 1u;    // 0 float32, 1 float16, 2 bfloat16
+constant uint INPUT = 2u;   // number of the array that holds it
+constant uint AT = 3u;      // first column
+constant uint QUAD = 4u;    // sums: first of its quads of columns, counted over all leaves
+constant uint TILE = 5u;    // sums: first tile of its noise
+constant uint OUTPUT = 6u;  // sums: number of the array that takes them
+constant uint START = 7u;   // sums: where in that array they begin
+
+struct Sizes {
+  uint leaves, batch, columns;
+  uint chunk, partials, width;  // columns of a partial norm; partial norms of a sample; so many lanes add them
+  uint quads;                   // of columns that a threadgroup of the sums has
+};
+struct Input {
+  device const uchar* x;
+};
 
 constant uint NORM_THREADS = 512u;
 constant uint SUM_THREADS = 480u;
 constant uint SHORT_THREADS = 512u;
-constant uint SMALL = 1024u;      // a chunk of so many values is one simdgroup's
 constant uint EACH = 6u;          // columns of short samples that a thread adds
 constant uint HELD = 6144u;       // values of short samples that a threadgroup holds
 constant uint MOST_HELD = 1024u;  // samples that it holds
 
 inline device const uchar* data_of(
-    uint leaf, device const uchar* g0, device const uchar* g1, device const uchar* g2, device const uchar* g3,
-    device const uchar* g4, device const uchar* g5, device const uchar* g6, device const uchar* g7) {
-  return leaf == 0u ? g0 : leaf == 1u ? g1 : leaf == 2u ? g2 : leaf == 3u ? g3 : leaf == 4u ? g4
-       : leaf == 5u ? g5 : leaf == 6u ? g6 : g7;
+    constant uint* what, constant Input* inputs, device const uchar* g0, device const uchar* g1,
+    device const uchar* g2, device const uchar* g3, device const uchar* g4, device const uchar* g5,
+    device const uchar* g6, device const uchar* g7) {
+  uint input = what[INPUT];
+  if (many_leaves) return inputs[input].x;
+  return input == 0u ? g0 : input == 1u ? g1 : input == 2u ? g2 : input == 3u ? g3 : input == 4u ? g4
+       : input == 5u ? g5 : input == 6u ? g6 : g7;
 }
 
 inline device float* sum_of(
     constant uint* what, device float* y0, device float* y1, device float* y2, device float* y3, device float* y4,
     device float* y5, device float* y6, device float* y7) {
   uint output = what[OUTPUT];
-  return output == 0u ? y0 : output == 1u ? y1 : output == 2u ? y2 : output == 3u ? y3 : output == 4u ? y4
-       : output == 5u ? y5 : output == 6u ? y6 : y7;
+  device float* y = output == 0u ? y0 : output == 1u ? y1 : output == 2u ? y2 : output == 3u ? y3 : output == 4u ? y4
+                  : output == 5u ? y5 : output == 6u ? y6 : y7;
+  return y + what[START];
 }
 
 // Four values with one load: rows of odd length are aligned to no more than a value.
@@ -49,17 +59,25 @@ inline float4 quad(device const float* x) { return float4(*(device const packed_
 inline float4 quad(device const half* x) { return float4(half4(*(device const packed_half4*)x)); }
 inline float4 quad(device const bfloat* x) { return float4(bfloat4(*(device const packed_bfloat4*)x)); }
 
-inline uint leaf_of(constant uint* leaves, uint count, uint group) {
-  uint leaf = 0u;
-  for (uint i = 1u; i < count; i++)
-    if (group >= leaves[8u * i + FIRST_GROUP]) leaf = i;
-  return leaf;
+// The last leaf that begins at `where` or before, by its AT or its QUAD.
+inline uint leaf_at(constant uint* leaves, uint count, uint field, uint where) {
+  uint first = 0u;
+  for (uint end = count; end - first > 1u;) {
+    uint middle = (first + end) / 2u;
+    if (leaves[8u * middle + field] <= where) first = middle;
+    else end = middle;
+  }
+  return first;
 }
+
+// Leaves with few values fall to different threads: the first value is that of the thread whose number among the
+// threads is `offset`.
+inline uint rotated(uint t, uint offset, uint threads) { return (t + threads - offset % threads) % threads; }
 
 // ---- Norms
 
-// Sum of squares of x[start .. end) over `threads` threads. Runs of 16 values are added to a sum that keeps what rounding
-// cuts off, so that the error does not grow with the length.
+// Sum of squares over several threads. Runs of 16 values are added to a sum that keeps what rounding cuts off, so that
+// the error does not grow with the length.
 struct Sum {
   float value, lost;
 };
@@ -73,10 +91,7 @@ inline float total(Sum sum) {  // lost is NaN after an overflow
 }
 
 template <typename T>
-inline float sum_of_squares(device const T* x, uint n, uint t, uint threads) {
-  Sum sum;
-  sum.value = 0.0f;
-  sum.lost = 0.0f;
+inline void add_squares(thread Sum& sum, device const T* x, uint n, uint t, uint threads) {
   uint i = t, quads = n / 4u;
   for (; i + 3u * threads < quads; i += 4u * threads) {
     float4 a = quad(x + 4u * i), b = quad(x + 4u * (i + threads));
@@ -93,44 +108,45 @@ inline float sum_of_squares(device const T* x, uint n, uint t, uint threads) {
     float a = float(x[4u * quads + t]);
     add(sum, a * a);
   }
-  return total(sum);
 }
 
-inline float sum_of_squares(device const uchar* x, uint type, ulong start, uint n, uint t, uint threads) {
+inline void add_squares(
+    thread Sum& sum, device const uchar* x, uint type, ulong start, uint n, uint t, uint threads) {
   switch (type) {
-    case 0u: return sum_of_squares((device const float*)x + start, n, t, threads);
-    case 1u: return sum_of_squares((device const half*)x + start, n, t, threads);
-    default: return sum_of_squares((device const bfloat*)x + start, n, t, threads);
+    case 0u: return add_squares(sum, (device const float*)x + start, n, t, threads);
+    case 1u: return add_squares(sum, (device const half*)x + start, n, t, threads);
+    default: return add_squares(sum, (device const bfloat*)x + start, n, t, threads);
   }
 }
 
-// partial[sample, chunk] = sum of squares of one chunk of one sample.
+// partial[sample, chunk] = sum of squares of a run of a sample's columns, from one leaf or several.
 [[kernel]] void sq_norms(
     device const uchar* g0 [[buffer(0)]], device const uchar* g1 [[buffer(1)]], device const uchar* g2 [[buffer(2)]],
     device const uchar* g3 [[buffer(3)]], device const uchar* g4 [[buffer(4)]], device const uchar* g5 [[buffer(5)]],
-    device const uchar* g6 [[buffer(6)]], device const uchar* g7 [[buffer(7)]], device float* partial [[buffer(8)]],
-    constant uint* leaves [[buffer(9)]], constant uint& count [[buffer(10)]], constant uint& batch [[buffer(11)]],
-    constant uint& partials [[buffer(12)]], uint group [[threadgroup_position_in_grid]],
-    uint t [[thread_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
-    uint sg [[simdgroup_index_in_threadgroup]]) {
+    device const uchar* g6 [[buffer(6)]], device const uchar* g7 [[buffer(7)]], constant Input* inputs [[buffer(8)]],
+    constant uint* leaves [[buffer(9)]], constant Sizes& sizes [[buffer(10)]], device float* partial [[buffer(11)]],
+    uint group [[threadgroup_position_in_grid]], uint t [[thread_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]], uint sg [[simdgroup_index_in_threadgroup]]) {
   threadgroup float scratch[NORM_THREADS / 32u];
-  uint leaf = leaf_of(leaves, count, group);
-  constant uint* what = leaves + 8u * leaf;
-  uint chunk_size = what[CHUNK], chunks = what[CHUNKS], size = what[SIZE], unit = group - what[FIRST_GROUP];
-  bool small = size <= SMALL;
-  if (small) unit = unit * (NORM_THREADS / 32u) + sg;  // there is one chunk, and each simdgroup has a sample
-  uint sample = unit / chunks, chunk = unit % chunks, begin = chunk * chunk_size;
-  uint n = sample < batch ? min(chunk_size, size - begin) : 0u;
-  device const uchar* g = data_of(leaf, g0, g1, g2, g3, g4, g5, g6, g7);
-  float sum = sum_of_squares(
-      g, what[TYPE], ulong(sample) * size + begin, n, small ? lane : t, small ? 32u : NORM_THREADS);
-  sum = simd_sum(sum);
-  if (!small) {
-    if (lane == 0u) scratch[sg] = sum;
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    sum = simd_sum(lane < NORM_THREADS / 32u ? scratch[lane] : 0.0f);
+  uint sample = group / sizes.partials, begin = group % sizes.partials * sizes.chunk;
+  uint end = min(begin + sizes.chunk, sizes.columns);
+  Sum sum;
+  sum.value = 0.0f;
+  sum.lost = 0.0f;
+  for (uint leaf = leaf_at(leaves, sizes.leaves, AT, begin); leaf < sizes.leaves; leaf++) {
+    constant uint* what = leaves + 8u * leaf;
+    uint at = what[AT], size = what[SIZE];
+    if (at >= end) break;
+    uint first = max(begin, at) - at, n = min(end - at, size) - first;
+    add_squares(
+        sum, data_of(what, inputs, g0, g1, g2, g3, g4, g5, g6, g7), what[TYPE], ulong(sample) * size + first, n,
+        rotated(t, (at + first - begin) / 4u, NORM_THREADS), NORM_THREADS);
   }
-  if (sample < batch && (small ? lane : t) == 0u) partial[ulong(sample) * partials + what[PARTIAL] + chunk] = sum;
+  float value = simd_sum(total(sum));
+  if (lane == 0u) scratch[sg] = value;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  value = simd_sum(lane < NORM_THREADS / 32u ? scratch[lane] : 0.0f);
+  if (t == 0u) partial[group] = value;
 }
 
 // Sum of the partial norms of a sample, in `width` neighbouring lanes (a power of two). All lanes must come here.
@@ -209,42 +225,40 @@ inline void add_slices(threadgroup float* scratch, uint row, uint slices, uint t
   }
 }
 
-// out[column] = sum over samples of factor x value (+ noise). A threadgroup has some columns of one leaf; its threads
-// share their samples in slices. The first threadgroup of a call with has_norms also stores norms, factors and how many
+// out[column] = sum over samples of factor x value (+ noise). A threadgroup has some quads of columns, from one leaf or
+// several; its threads share their samples in slices. The first threadgroup also stores norms, factors and how many
 // samples are refused.
 [[kernel]] [[max_total_threads_per_threadgroup(480)]] void clipped_sum(
     device const uchar* g0 [[buffer(0)]], device const uchar* g1 [[buffer(1)]], device const uchar* g2 [[buffer(2)]],
     device const uchar* g3 [[buffer(3)]], device const uchar* g4 [[buffer(4)]], device const uchar* g5 [[buffer(5)]],
-    device const uchar* g6 [[buffer(6)]], device const uchar* g7 [[buffer(7)]], device float* y0 [[buffer(8)]],
-    device float* y1 [[buffer(9)]], device float* y2 [[buffer(10)]], device float* y3 [[buffer(11)]],
-    device float* y4 [[buffer(12)]], device float* y5 [[buffer(13)]], device float* y6 [[buffer(14)]],
-    device float* y7 [[buffer(15)]], constant uint* leaves [[buffer(16)]], constant uint& count [[buffer(17)]],
-    constant uint& batch [[buffer(18)]], device const float* given [[buffer(19)]],
-    constant uint& partials [[buffer(20)]], constant uint& width [[buffer(21)]],
-    constant float& max_grad_norm [[buffer(22)]], device const uchar* mask [[buffer(23)]],
-    device float* norms [[buffer(24)]], device float* factors [[buffer(25)]], device int* num_refused [[buffer(26)]],
-    constant float& sigma_given [[buffer(27)]], constant uint* key [[buffer(28)]],
-    constant uint* counter [[buffer(29)]], uint group [[threadgroup_position_in_grid]],
+    device const uchar* g6 [[buffer(6)]], device const uchar* g7 [[buffer(7)]], constant Input* inputs [[buffer(8)]],
+    constant uint* leaves [[buffer(9)]], constant Sizes& sizes [[buffer(10)]], device float* y0 [[buffer(11)]],
+    device float* y1 [[buffer(12)]], device float* y2 [[buffer(13)]], device float* y3 [[buffer(14)]],
+    device float* y4 [[buffer(15)]], device float* y5 [[buffer(16)]], device float* y6 [[buffer(17)]],
+    device float* y7 [[buffer(18)]], device const float* given [[buffer(19)]],
+    constant float& max_grad_norm [[buffer(20)]], device const uchar* mask [[buffer(21)]],
+    device float* norms [[buffer(22)]], device float* factors [[buffer(23)]], device int* num_refused [[buffer(24)]],
+    constant float& sigma_given [[buffer(25)]], constant uint* key [[buffer(26)]],
+    constant uint* counter [[buffer(27)]], uint group [[threadgroup_position_in_grid]],
     uint t [[thread_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
     uint sg [[simdgroup_index_in_threadgroup]]) {
   threadgroup float scratch[4u * SUM_THREADS];  // factors of a block of samples, then the slices' sums
   threadgroup int refused[SUM_THREADS / 32u];
-  uint leaf = leaf_of(leaves, count, group);
-  constant uint* what = leaves + 8u * leaf;
-  uint size = what[SIZE], quads = what[QUADS], slices = what[SLICES], row = 4u * quads;
-  device const uchar* g = data_of(leaf, g0, g1, g2, g3, g4, g5, g6, g7);
-  device float* y = sum_of(what, y0, y1, y2, y3, y4, y5, y6, y7) + what[AT];
-  uint slice = t / quads, offset = 4u * (t % quads), first = (group - what[FIRST_GROUP]) * row;
+  uint batch = sizes.batch, quads = sizes.quads, slices = SUM_THREADS / quads, row = 4u * quads;
+  uint slice = t / quads, unit = group * quads + t % quads;
+  constant uint* what = leaves + 8u * leaf_at(leaves, sizes.leaves, QUAD, unit);
+  uint size = what[SIZE], column = 4u * (unit - what[QUAD]);
+  device const uchar* g = data_of(what, inputs, g0, g1, g2, g3, g4, g5, g6, g7);
   int bad = 0;
   float4 sum = float4(0.0f);
   for (uint block = 0u; block < batch; block += SUM_THREADS) {
     uint samples = min(SUM_THREADS, batch - block);
     if (has_norms) {
-      for (uint at = 0u; at < samples; at += SUM_THREADS / width) {
-        uint i = at + t / width;
+      for (uint at = 0u; at < samples; at += SUM_THREADS / sizes.width) {
+        uint i = at + t / sizes.width;
         bool valid = i < samples;
-        float norm = sq_norm(given, partials, block + i, valid, lane, width);
-        if (!valid || t % width != 0u) continue;
+        float norm = sq_norm(given, sizes.partials, block + i, valid, lane, sizes.width);
+        if (!valid || t % sizes.width != 0u) continue;
         bool counts = !has_mask || mask[block + i] != 0u;
         float f = counts && is_finite(norm) ? clip_factor(norm, max_grad_norm) : 0.0f;
         scratch[i] = f;
@@ -258,9 +272,8 @@ inline void add_slices(threadgroup float* scratch, uint row, uint slices, uint t
       scratch[t] = given[block + t];
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    if (slice < slices)
-      sum = add_samples(
-          sum, g, what[TYPE], ulong(block) * size, size, first + offset, scratch, slice, slices, samples);
+    if (slice < slices && column < size)
+      sum = add_samples(sum, g, what[TYPE], ulong(block) * size, size, column, scratch, slice, slices, samples);
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
   if (has_norms && group == 0u) {
@@ -271,24 +284,35 @@ inline void add_slices(threadgroup float* scratch, uint row, uint slices, uint t
     if (t == 0u) num_refused[0] = bad;
   }
   if (slice < slices)
-    for (uint k = 0u; k < 4u; k++) scratch[slice * row + offset + k] = sum[k];
+    for (uint k = 0u; k < 4u; k++) scratch[slice * row + unit % quads * 4u + k] = sum[k];
   add_slices(scratch, row, slices, t, SUM_THREADS);
-  uint end = min(first + row, size);
-  if (!has_noise) {
-    for (uint i = first + t; i < end; i += SUM_THREADS) y[i] = scratch[i - first];
-    return;
-  }
-  uint tile = first / NORMALS_PER_TILE + sg, at = tile * NORMALS_PER_TILE;
-  if (at >= end) return;
-  float sigma = valid_sigma(sigma_given);
-  float z[10];
-  block_normals(key, counter, uint2(1u, 0u), (ulong(what[TILE]) + tile) * 32u + lane, z);
-  at += lane;
-  for (uint j = 0u; j < 10u; j++, at += 32u)
-    if (at >= first && at < end) {
-      float value = scratch[at - first];
-      y[at] = is_zero(sigma) ? value : fma(sigma, z[j], value);
+  float sigma = has_noise ? valid_sigma(sigma_given) : 0.0f;
+  uint begin = group * quads, tiles = 0u;  // tiles of the leaves before, which simdgroups take in turn
+  for (uint leaf = leaf_at(leaves, sizes.leaves, QUAD, begin); leaf < sizes.leaves; leaf++) {
+    what = leaves + 8u * leaf;
+    if (what[QUAD] >= begin + quads) break;
+    uint skipped = max(begin, what[QUAD]) - what[QUAD];  // quads of threadgroups before
+    uint first = 4u * skipped, end = min(4u * (begin + quads - what[QUAD]), what[SIZE]);
+    if (first >= end) continue;
+    device float* y = sum_of(what, y0, y1, y2, y3, y4, y5, y6, y7);
+    uint before = 4u * (what[QUAD] + skipped - begin);
+    threadgroup const float* sums = scratch + before;
+    for (uint i = first + rotated(t, before, SUM_THREADS); !has_noise && i < end; i += SUM_THREADS)
+      y[i] = sums[i - first];
+    if (!has_noise) continue;
+    uint tile = first / NORMALS_PER_TILE, last = (end - 1u) / NORMALS_PER_TILE, number = SUM_THREADS / 32u;
+    for (uint i = tile + rotated(sg, tiles, number); i <= last; i += number) {
+      float z[10];
+      block_normals(key, counter, uint2(1u, 0u), (ulong(what[TILE]) + i) * 32u + lane, z);
+      uint at = i * NORMALS_PER_TILE + lane;
+      for (uint j = 0u; j < 10u; j++, at += 32u)
+        if (at >= first && at < end) {
+          float value = sums[at - first];
+          y[at] = is_zero(sigma) ? value : fma(sigma, z[j], value);
+        }
     }
+    tiles += last + 1u - tile;
+  }
 }
 
 // ---- Short samples: all leaves of a sample fit into threadgroup memory, so that gradients are read once
@@ -311,49 +335,43 @@ inline void hold(device const uchar* x, uint type, ulong start, uint n, threadgr
   }
 }
 
-inline uint leaf_at(constant uint* leaves, uint count, uint column) {
-  uint leaf = 0u;
-  for (uint i = 1u; i < count; i++)
-    if (column >= leaves[8u * i + AT]) leaf = i;
-  return leaf;
-}
-
 // Norms, factors and, in partial[group], the clipped sum of a threadgroup's `rows` samples. It holds `tile` samples at a
 // time, leaf by leaf.
 [[kernel]] [[max_total_threads_per_threadgroup(512)]] void clip_short(
     device const uchar* g0 [[buffer(0)]], device const uchar* g1 [[buffer(1)]], device const uchar* g2 [[buffer(2)]],
     device const uchar* g3 [[buffer(3)]], device const uchar* g4 [[buffer(4)]], device const uchar* g5 [[buffer(5)]],
-    device const uchar* g6 [[buffer(6)]], device const uchar* g7 [[buffer(7)]], constant uint* leaves [[buffer(8)]],
-    constant uint& count [[buffer(9)]], constant uint& batch [[buffer(10)]], constant uint& rows [[buffer(11)]],
-    constant uint& tile [[buffer(12)]], constant uint& columns [[buffer(13)]], constant uint& width [[buffer(14)]],
-    device const float* given [[buffer(15)]], constant float& max_grad_norm [[buffer(16)]],
-    device const uchar* mask [[buffer(17)]], device float* norms [[buffer(18)]], device float* factors [[buffer(19)]],
-    device int* refused [[buffer(20)]], device float* partial [[buffer(21)]],
+    device const uchar* g6 [[buffer(6)]], device const uchar* g7 [[buffer(7)]], constant Input* inputs [[buffer(8)]],
+    constant uint* leaves [[buffer(9)]], constant Sizes& sizes [[buffer(10)]], constant uint& rows [[buffer(11)]],
+    constant uint& tile [[buffer(12)]], device const float* given [[buffer(13)]],
+    constant float& max_grad_norm [[buffer(14)]], device const uchar* mask [[buffer(15)]],
+    device float* norms [[buffer(16)]], device float* factors [[buffer(17)]], device int* refused [[buffer(18)]],
+    device float* partial [[buffer(19)]],
     uint group [[threadgroup_position_in_grid]], uint t [[thread_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]], uint sg [[simdgroup_index_in_threadgroup]]) {
   threadgroup float held[HELD];
   threadgroup float scale[MOST_HELD];
   threadgroup int bad_of[SHORT_THREADS / 32u];
+  uint count = sizes.leaves, columns = sizes.columns, width = sizes.width;
   uint slices = max(SHORT_THREADS / columns, 1u), slice = columns < SHORT_THREADS ? t / columns : 0u;
   uint first = columns < SHORT_THREADS ? t % columns : t;  // this thread's columns: first + k * SHORT_THREADS
   uint at[EACH], step[EACH];
   for (uint k = 0u; k < EACH; k++) {
     uint column = first + k * SHORT_THREADS;
     if (column >= columns) continue;
-    constant uint* what = leaves + 8u * leaf_at(leaves, count, column);
+    constant uint* what = leaves + 8u * leaf_at(leaves, count, AT, column);
     at[k] = tile * what[AT] + column - what[AT];
     step[k] = what[SIZE];
   }
   int bad = 0;
   float sum[EACH];
   for (uint k = 0u; k < EACH; k++) sum[k] = 0.0f;
-  uint end = min(batch, (group + 1u) * rows);
+  uint end = min(sizes.batch, (group + 1u) * rows);
   for (uint block = group * rows; block < end; block += tile) {
     uint samples = min(tile, end - block);
     for (uint leaf = 0u; leaf < count; leaf++) {
       constant uint* what = leaves + 8u * leaf;
-      hold(data_of(leaf, g0, g1, g2, g3, g4, g5, g6, g7), what[TYPE], ulong(block) * what[SIZE], samples * what[SIZE],
-           held + tile * what[AT], t);
+      hold(data_of(what, inputs, g0, g1, g2, g3, g4, g5, g6, g7), what[TYPE], ulong(block) * what[SIZE],
+           samples * what[SIZE], held + tile * what[AT], rotated(t, samples * what[AT] / 4u, SHORT_THREADS));
     }
     if (!has_norms)
       for (uint i = t; i < samples; i += SHORT_THREADS) scale[i] = given[block + i];
@@ -413,14 +431,14 @@ inline float one_normal(constant uint* key, constant uint* counter, uint2 domain
     device const float* partial [[buffer(0)]], device float* y0 [[buffer(1)]], device float* y1 [[buffer(2)]],
     device float* y2 [[buffer(3)]], device float* y3 [[buffer(4)]], device float* y4 [[buffer(5)]],
     device float* y5 [[buffer(6)]], device float* y6 [[buffer(7)]], device float* y7 [[buffer(8)]],
-    constant uint* leaves [[buffer(9)]], constant uint& count [[buffer(10)]], constant uint& groups [[buffer(11)]],
-    constant uint& columns [[buffer(12)]], device const int* refused [[buffer(13)]],
-    device int* num_refused [[buffer(14)]], constant float& sigma_given [[buffer(15)]],
-    constant uint* key [[buffer(16)]], constant uint* counter [[buffer(17)]],
+    constant uint* leaves [[buffer(9)]], constant Sizes& sizes [[buffer(10)]], constant uint& groups [[buffer(11)]],
+    device const int* refused [[buffer(12)]], device int* num_refused [[buffer(13)]],
+    constant float& sigma_given [[buffer(14)]], constant uint* key [[buffer(15)]],
+    constant uint* counter [[buffer(16)]],
     uint group [[threadgroup_position_in_grid]], uint t [[thread_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]], uint sg [[simdgroup_index_in_threadgroup]]) {
   threadgroup float scratch[SHORT_THREADS];
-  uint column = group * 32u + lane;
+  uint columns = sizes.columns, column = group * 32u + lane;
   float sum = 0.0f;
   for (uint i = sg; column < columns && i < groups; i += SHORT_THREADS / 32u)
     sum += partial[ulong(i) * columns + column];
@@ -434,7 +452,7 @@ inline float one_normal(constant uint* key, constant uint* counter, uint2 domain
     if (lane == 0u) num_refused[0] = bad;
   }
   if (column >= columns) return;
-  constant uint* what = leaves + 8u * leaf_at(leaves, count, column);
+  constant uint* what = leaves + 8u * leaf_at(leaves, sizes.leaves, AT, column);
   device float* y = sum_of(what, y0, y1, y2, y3, y4, y5, y6, y7);
   column -= what[AT];
   float value = scratch[lane], sigma = has_noise ? valid_sigma(sigma_given) : 0.0f;

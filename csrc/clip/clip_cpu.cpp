@@ -25,7 +25,7 @@ constexpr size_t CHUNK_COLUMNS = 32768;  // times rows
 constexpr size_t UNIT_BYTES = 1 << 20;
 constexpr size_t GROUP_BYTES = 8 << 20;  // of rows that stay in the last-level cache from norm to sum
 
-constexpr size_t MOST_OUTPUTS = 32;  // of one primitive; see SumOp
+constexpr size_t MOST_OUTPUTS = 8;  // of one primitive; see SumOp. Metal kernels have buffers for no more
 
 size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 

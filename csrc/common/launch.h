@@ -20,9 +20,9 @@ struct Source {  // the text of one <family>.metal, embedded by cmake/embed.cmak
 };
 
 struct KernelCall {
-  struct Arg {                                // its position in the list is its [[buffer(i)]]
-    enum Kind { in, out, part, bytes } kind;  // part: an output of which other calls write the rest
-    std::vector<mx::array> array;             // one, or none for bytes
+  struct Arg {  // its position in the list is its [[buffer(i)]]
+    enum Kind { in, out, bytes, addresses } kind;
+    std::vector<mx::array> array;  // one, or none for bytes, or those whose addresses it holds
     std::vector<uint8_t> data;
   };
   struct Constant {
@@ -38,11 +38,18 @@ struct KernelCall {
 
   KernelCall& in(const mx::array& x) { return args.push_back({Arg::in, {x}, {}}), *this; }
   KernelCall& out(const mx::array& x) { return args.push_back({Arg::out, {x}, {}}), *this; }
-  KernelCall& part(const mx::array& x) { return args.push_back({Arg::part, {x}, {}}), *this; }
+  // Inputs, more than a kernel has buffers: it gets a struct with a device pointer for each.
+  KernelCall& addresses(std::vector<mx::array> xs) {
+    return args.push_back({Arg::addresses, std::move(xs), {}}), *this;
+  }
   template <class T>
   KernelCall& bytes(const T& value) {
-    std::vector<uint8_t> data(sizeof value);
-    std::memcpy(data.data(), &value, sizeof value);
+    return bytes(std::vector<T>{value});
+  }
+  template <class T>
+  KernelCall& bytes(const std::vector<T>& values) {
+    std::vector<uint8_t> data(values.size() * sizeof(T));
+    if (!data.empty()) std::memcpy(data.data(), values.data(), data.size());
     return args.push_back({Arg::bytes, {}, std::move(data)}), *this;
   }
   KernelCall& unused() { return bytes(uint32_t(0)); }  // a buffer that the kernel does not touch in this call

@@ -1,10 +1,28 @@
 // On Apple: sends a KernelCall through MLX's Metal command encoder. The only file that sees metal-cpp.
+#include <cstring>
 #include <stdexcept>
 
 #include "common/launch.h"
 #include "mlx/allocator.h"
 #include "mlx/backend/cpu/encoder.h"
 #include "mlx/backend/metal/device.h"
+
+namespace bulwark {
+namespace {
+constexpr size_t MOST_BYTES = 4096;  // of setBytes
+
+struct Used {
+  const MTL::Resource* resource;
+};
+}  // namespace
+}  // namespace bulwark
+
+// MLX's encoder binds all that a kernel touches, and has no word for what a kernel reaches through an address. This is
+// its template, for a type of ours, and so a member that sees Metal's own encoder.
+template <>
+void mlx::core::metal::CommandEncoder::set_bytes(const bulwark::Used& used, int) {
+  get_command_encoder()->useResource(used.resource, MTL::ResourceUsageRead);
+}
 
 namespace bulwark {
 bool simulating() { return false; }
@@ -23,6 +41,29 @@ static MTL::ComputePipelineState* pipeline(const mx::Stream& s, const KernelCall
   return device.get_kernel(c.kernel, compiled, key, constants);
 }
 
+static void set_bytes(const mx::Stream& s, const void* data, size_t size, int slot) {
+  auto& encoder = mx::metal::get_command_encoder(s);
+  if (size <= MOST_BYTES) return encoder.set_bytes(static_cast<const uint8_t*>(data), int(size), slot);
+  auto held = temporary(s, {int(size)}, mx::uint8);
+  std::memcpy(held.data<uint8_t>(), data, size);
+  encoder.set_input_array(held, slot);
+}
+
+// Binds the addresses of arrays, each of which is bound before to the same slot, where MLX takes note of it.
+static void set_addresses(const mx::Stream& s, const std::vector<mx::array>& arrays, int slot) {
+  auto& encoder = mx::metal::get_command_encoder(s);
+  std::vector<uint64_t> addresses;
+  for (auto& x : arrays) {
+    addresses.push_back(0);
+    if (x.size() == 0) continue;
+    const auto* buffer = static_cast<const MTL::Buffer*>(x.buffer().ptr());
+    addresses.back() = buffer->gpuAddress() + x.offset();
+    encoder.set_input_array(x, slot);
+    encoder.set_bytes(Used{buffer}, slot);
+  }
+  set_bytes(s, addresses.data(), addresses.size() * sizeof(uint64_t), slot);
+}
+
 void launch(const mx::Stream& s, const KernelCall& c) try {
   auto* kernel = pipeline(s, c);
   if (kernel->maxTotalThreadsPerThreadgroup() < c.threads)
@@ -34,7 +75,9 @@ void launch(const mx::Stream& s, const KernelCall& c) try {
   for (int i = 0; i < int(c.args.size()); i++) {
     auto& arg = c.args[i];
     if (arg.kind == KernelCall::Arg::bytes) {
-      encoder.set_bytes(arg.data.data(), arg.data.size(), i);
+      set_bytes(s, arg.data.data(), arg.data.size(), i);
+    } else if (arg.kind == KernelCall::Arg::addresses) {
+      set_addresses(s, arg.array, i);
     } else if (arg.array[0].size() == 0) {
       encoder.set_bytes(uint32_t(0), i);  // an empty array has no buffer
     } else if (arg.kind == KernelCall::Arg::in) {

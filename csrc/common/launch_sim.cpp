@@ -18,7 +18,7 @@ struct Library {  // the functions that tests/msl/README.md names
   explicit Library(const std::string& file) : handle(dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL)) {
     if (!handle) throw std::runtime_error(dlerror());
     find(option, "msl_option"), find(begin, "msl_begin"), find(constant, "msl_constant"), find(buffer, "msl_buffer");
-    find(launch, "msl_launch"), find(result, "msl_result"), find(error, "msl_error");
+    find(reached, "msl_reached"), find(launch, "msl_launch"), find(result, "msl_result"), find(error, "msl_error");
   }
 
   template <class F>
@@ -36,6 +36,7 @@ struct Library {  // the functions that tests/msl/README.md names
   int (*begin)(const char*);
   int (*constant)(int, int, const void*, size_t);
   void* (*buffer)(int, size_t, int);
+  void* (*reached)(int, int, size_t);
   int (*launch)(const uint32_t*, const uint32_t*);
   const char* (*result)();
   const char* (*error)();
@@ -46,7 +47,12 @@ struct Buffer {
   char* data;
   size_t size;
   std::vector<uint8_t> bytes;
+  std::vector<Buffer> reached{};  // by the addresses that this one holds
 };
+
+Buffer buffer_of(KernelCall::Arg::Kind kind, const mx::array& x) {
+  return {kind, x.size() ? const_cast<char*>(x.data<char>()) : nullptr, x.nbytes(), {}};
+}
 
 std::mutex lock;                                        // the simulator is one machine; several streams may call
 auto& libraries = *new std::map<std::string, Library>;  // leaked: stream threads outlive static destructors
@@ -63,6 +69,12 @@ std::string simulate(const KernelCall& c, std::vector<Buffer>& buffers) {
   for (auto& k : c.constants) lib.accept(lib.constant(k.index, true, &k.value, sizeof k.value) >= 0);
   std::vector<void*> bound;
   for (auto& b : buffers) {
+    for (size_t i = 0; i < b.reached.size(); i++) {
+      auto& x = b.reached[i];
+      void* to = x.size ? lib.reached(bound.size(), i, x.size) : nullptr;
+      if (x.size) lib.accept(to), std::memcpy(to, x.data, x.size);
+      std::memcpy(&b.bytes[i * sizeof to], &to, sizeof to);
+    }
     const bool out = b.kind == KernelCall::Arg::out;
     bound.push_back(lib.buffer(bound.size(), b.size, out));
     lib.accept(bound.back());
@@ -71,8 +83,7 @@ std::string simulate(const KernelCall& c, std::vector<Buffer>& buffers) {
   const uint32_t grid[3] = {c.groups * c.threads, 1, 1}, threads[3] = {c.threads, 1, 1};
   lib.accept(lib.launch(grid, threads) >= 0);
   for (size_t i = 0; i < buffers.size(); i++)
-    if (auto& b = buffers[i]; b.size && (b.kind == KernelCall::Arg::out || b.kind == KernelCall::Arg::part))
-      std::memcpy(b.data, bound[i], b.size);
+    if (auto& b = buffers[i]; b.size && b.kind == KernelCall::Arg::out) std::memcpy(b.data, bound[i], b.size);
   return lib.result();
 }
 
@@ -113,9 +124,12 @@ void launch(const mx::Stream& s, const KernelCall& c) {
   for (auto& a : c.args) {
     if (a.kind == KernelCall::Arg::bytes) {
       buffers.push_back({a.kind, nullptr, a.data.size(), a.data});
+    } else if (a.kind == KernelCall::Arg::addresses) {
+      const size_t size = a.array.size() * sizeof(void*);
+      buffers.push_back({a.kind, nullptr, size, std::vector<uint8_t>(size)});
+      for (auto& x : a.array) buffers.back().reached.push_back(buffer_of(KernelCall::Arg::in, x));
     } else {
-      auto& x = a.array[0];
-      buffers.push_back({a.kind, x.size() ? const_cast<char*>(x.data<char>()) : nullptr, x.nbytes(), {}});
+      buffers.push_back(buffer_of(a.kind, a.array[0]));
     }
   }
   KernelCall call = c;

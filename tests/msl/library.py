@@ -55,6 +55,7 @@ class Library:
         self.built: Built = build(source, **options)
         self.functions = ctypes.CDLL(str(self.built.path))
         self.functions.msl_buffer.restype = ctypes.c_void_p
+        self.functions.msl_reached.restype = ctypes.c_void_p
         self.functions.msl_threadgroup_buffer.restype = ctypes.c_void_p
         self.functions.msl_error.restype = ctypes.c_char_p
         self.functions.msl_result.restype = ctypes.c_char_p
@@ -75,7 +76,8 @@ class Library:
 
         Args:
             name: The kernel's host name.
-            arguments: By parameter name: an array or scalar of the kernel's own type, or an `Output`.
+            arguments: By parameter name: an array or scalar of the kernel's own type, an `Output`, or a list of arrays
+                of which the kernel gets the addresses.
             grid: Threads in the grid, three numbers.
             group: Threads in a threadgroup, three numbers.
             constants: Function constants by name.
@@ -98,6 +100,8 @@ class Library:
                 f.msl_threadgroup_buffer(parameter.index, ctypes.c_size_t(threadgroup[parameter.index]))
             elif parameter.slot not in POSITIONS and parameter.name in arguments:
                 given = arguments[parameter.name]
+                if isinstance(given, list):
+                    given = np.array([self._reached(parameter.index, i, x) for i, x in enumerate(given)], np.uint64)
                 output = isinstance(given, Output)
                 array = np.empty(given.shape, given.dtype) if output else np.array(given, order="C")
                 address = f.msl_buffer(parameter.index, ctypes.c_size_t(array.nbytes), int(output))
@@ -118,6 +122,11 @@ class Library:
             {buffer["name"]: buffer for buffer in result["buffers"]},
             seconds,
         )
+
+    def _reached(self, index: int, number: int, array: np.ndarray) -> int:
+        address = self.functions.msl_reached(index, number, ctypes.c_size_t(array.nbytes))
+        ctypes.memmove(address, np.ascontiguousarray(array).ctypes.data, array.nbytes)
+        return address
 
     def _accepted(self, status: int) -> None:
         if status < 0:

@@ -35,11 +35,12 @@ def clipped(leaves):
 
 def clip():
     """Short and long samples, more of them than a block or a threadgroup has, columns of several threadgroups, more
-    leaves than a call has."""
+    leaves than there are buffers for."""
     yield from clipped([rand((300, 7)), rand((300, 8), mx.float16, 1)])
     yield from clipped([rand((20, 700)), rand((20, 601), mx.bfloat16, 1)])
     yield from clipped([rand((3, 5000), mx.bfloat16, 2), rand((3, 4099))])
     yield from clipped([rand((500, i + 1), seed=i) for i in range(10)])
+    yield from clipped([rand((3, n), seed=n) for n in (3100, 1, 700, 4, 9, 330, 8, 1100, 2, 31)])
 
 
 def noise():
@@ -136,7 +137,7 @@ def test_no_barrier_can_be_missed(sim, expected, name, number, order):
 BUSY = 80 * 192  # threads: some for each of the 80 cores of Apple's largest GPU
 OPS = {
     "sq_norms": lambda g: bw.sample_sq_norms(g),
-    "clipped_sum": lambda g: bw.clipped_sum(g, mx.ones(g.shape[0])),
+    "clipped_sum": lambda g: bw.clipped_sum(g, mx.ones(g[0].shape[0])),
     "clip_and_sum": lambda g: bw.clip_and_sum(g, 1.0)[0],
 }
 
@@ -148,19 +149,34 @@ OPS = {
 def test_enough_threads_for_every_shape(sim, op, shape):
     sim.option("races", 0)
     sim.option("lines", 0)
-    mx.eval(OPS[op](mx.ones(shape)))
+    mx.eval(OPS[op]([mx.ones(shape)]))
     assert len(sim.calls) <= 2
     reading = max(sim.calls, key=lambda call: sum(b["read"] for b in call.buffers.values()))
     assert reading.threads >= BUSY
 
 
+TREES = {
+    "tiny leaves": [7, 1] * 60,
+    "a transformer": [48 * 48, 48, 48 * 48, 48, 192 * 48, 192, 48 * 192, 48] * 12,
+    "300 leaves": [300] * 300,
+}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("tree", TREES)
+def test_any_tree_takes_two_dispatches(sim, op, tree):
+    sim.option("races", 0)
+    sim.option("lines", 0)
+    leaves = [mx.ones((2, size)) for size in TREES[tree]]
+    mx.eval(OPS[op](leaves))
+    assert len(sim.calls) <= 2
+    assert not sim.reports
+
+
 PLANTED = {
-    "past the end": (
-        "clip",
-        "n = sample < batch ? min(chunk_size, size - begin) : 0u",
-        "n = chunk_size",
-        "out-of-bounds",
-    ),
+    "past the end": ("clip", "n = min(end - at, size) - first", "n = end - at - first", "out-of-bounds"),
+    "another leaf": ("clip", "inputs[input].x", "inputs[input ^ 1u].x", None),
+    "leaves before forgotten": ("clip", "if (at >= end) break;", "if (at > begin) break;", None),
     "norm not written": ("clip", "if (t == 0u) num_refused[0] = bad;", "", None),
     "noise not added": ("clip", "fma(sigma, z[j], value)", "value", None),
     "noise of another column": ("clip", "what[TILE], column), value)", "what[TILE], column + 1u), value)", None),

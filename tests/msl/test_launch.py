@@ -25,6 +25,14 @@ kernel void turn(device const float* x [[buffer(1)]], device float* y [[buffer(0
   float v = shared[(n - 1 - t + offset) % n];
   y[t] = negated ? -v : v;
 }
+
+struct Input {
+  device const float* x;
+};
+kernel void gather(constant Input* inputs [[buffer(0)]], device float* y [[buffer(1)]],
+                   constant uint& offset_in_each [[buffer(2)]], uint t [[thread_index_in_threadgroup]]) {
+  y[t] = inputs[t].x[offset_in_each];
+}
 """
 X = np.arange(64, dtype=np.float32)
 LAUNCH = {"grid": (64, 1, 1), "group": (64, 1, 1)}
@@ -71,6 +79,18 @@ def test_a_function_constant_of_another_type_is_refused(library):
     value = ctypes.c_uint32(1)
     assert library.functions.msl_constant(5, 0, ctypes.byref(value), ctypes.c_size_t(4)) == -1
     assert library.functions.msl_error() == b"function constant negated has another type in the kernel"
+
+
+def test_arrays_that_a_kernel_reaches_by_address(library):
+    inputs = [np.arange(i, i + 3 + i, dtype=np.float32) for i in range(4)]
+    given = {"inputs": inputs, "y": msl.Output((4,)), "offset_in_each": np.uint32(2)}
+    result = library.launch("gather", given, grid=(4, 1, 1), group=(4, 1, 1))
+    assert result.reports == []
+    assert (result.arrays["y"] == [2, 3, 4, 5]).all()
+    assert [result.buffers[f"inputs[{i}]"]["unique_read"] for i in range(4)] == [4] * 4
+    past = library.launch("gather", given | {"offset_in_each": np.uint32(3)}, grid=(4, 1, 1), group=(4, 1, 1))
+    (report,) = past.reports
+    assert "out-of-bounds read: 4 bytes at offset 12 of inputs[0] (12 bytes)" in report
 
 
 def test_text_that_has_not_changed_is_not_compiled_again(library, monkeypatch):

@@ -111,6 +111,7 @@ LAYOUTS = {
     "columns just above the split": [(71, 65536)],
     "rows larger than a group": [(3, 2100000)],
     "many tiny leaves": [(9, 1 + i % 7) for i in range(300)],
+    "many leaves, long and short": [(3, n) for n in (3000, 1, 700, 0, 9001, 4, 330, 12288, 7, 5, 6, 31, 0)],
     "mixed": [(33, 5121), (33, 0), (33, 2, 3), (33, 10240)],
     "split batch, many leaves": [(2000, 17), (2000, 5, 41), (2000,)],
 }

@@ -124,6 +124,14 @@ MSL_API int msl_constant(int index, int is_bool, const void* value, size_t size)
 
 MSL_API void* msl_buffer(int index, size_t size, int output) { return bind(false, index, size, output); }
 
+// Array `number` of those whose addresses the host writes into a buffer.
+MSL_API void* msl_reached(int index, int number, size_t size) {
+  const Parameter* p = kernel ? parameter(false, index) : nullptr;
+  if (p) return add_buffer(format("%s[%d]", p->name, number).c_str(), size, Space::device, true);
+  refuse(format("the kernel has no buffer %d", index));
+  return nullptr;
+}
+
 MSL_API void* msl_threadgroup_buffer(int index, size_t size) { return bind(true, index, size, false); }
 
 // `grid` counts threads. Returns the number of reports, or -1 where it refuses.
