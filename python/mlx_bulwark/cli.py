@@ -51,6 +51,15 @@ UTILITY_HELP = """Train the demo's model at several epsilons: test accuracy over
 
 Exit codes: 0 done, 1 a package is missing or a file cannot be written, 2 an option cannot be used, 130 interrupted."""
 
+OUTLIERS_HELP = """Find the rows of a table that do not belong, and say what makes them so.
+
+FILE is .csv with a header, .parquet, .arrow, .feather or .npy. A detector is fitted to its rows, or to those of \
+--reference, or comes from --load; the worst rows are shown with the columns that make them so. The default is an \
+ensemble of five detectors.
+
+Exit codes: 0 done, 1 a package is missing or a file cannot be read or written, 2 an option or the data cannot be \
+used, 130 interrupted."""
+
 
 def main() -> None:
     """Run the command line."""
@@ -246,6 +255,73 @@ def _app() -> "typer.Typer":
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
 
+    @app.command(help=OUTLIERS_HELP)
+    def outliers(
+        file: Annotated[Path, typer.Argument(help="A table of numbers.", show_default=False)],
+        detector: Annotated[
+            str,
+            typer.Option(
+                metavar="NAME",
+                help="ensemble, ecod, copod, hbos, knn, lof, mahalanobis (robust), robust-z, pca or isolation-forest.",
+            ),
+        ] = "ensemble",
+        columns: Annotated[
+            str | None,
+            typer.Option(
+                metavar="A,B,...", help="Names of columns (numbers, for .npy). Default: all.", show_default=False
+            ),
+        ] = None,
+        contamination: Annotated[
+            float | None,
+            typer.Option(
+                help="Share of the fitted rows that are called outliers. Default: the detector's, 0.1 for most.",
+                show_default=False,
+            ),
+        ] = None,
+        reference: Annotated[
+            Path | None,
+            typer.Option(metavar="FILE", help="Fit to the rows of this table instead.", show_default=False),
+        ] = None,
+        load: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Take this saved detector instead.", show_default=False)
+        ] = None,
+        save: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Save the detector, for --load.", show_default=False)
+        ] = None,
+        top: Annotated[int, typer.Option(min=1, help="How many of the worst rows are shown.")] = 10,
+        seed: Annotated[int, typer.Option(help="Seed of the detectors that draw.")] = 0,
+        csv: Annotated[
+            Path | None,
+            typer.Option(metavar="FILE", help="Write the scores of all rows to this file.", show_default=False),
+        ] = None,
+        json: Annotated[
+            Path | None,
+            typer.Option(metavar="FILE", help="Write the worst rows and their reasons.", show_default=False),
+        ] = None,
+        plot: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Draw the scores into this PNG file.", show_default=False)
+        ] = None,
+    ) -> None:
+        _require("outliers", "sklearn", *(["matplotlib"] if plot is not None else []))
+        if file.suffix.lower() != ".npy":
+            _require("arrow", "pyarrow")
+        if load is not None and (reference is not None or contamination is not None):
+            _fail("--load must stand without --reference and --contamination but does not", code=2)
+        options: dict[str, Any] = {
+            "detector": detector,
+            "load_from": load,
+            "save_to": save,
+            "reference": reference,
+            "columns": None if columns is None else columns.split(","),
+            "contamination": contamination,
+            "top": top,
+            "seed": seed,
+        }
+        try:
+            sys.exit(_outliers(file, options, csv, json, plot))
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+
     @app.command(
         help="Fine-tune a model of mlx-lm with differential privacy; options as of mlx_lm.lora.",
         add_help_option=False,
@@ -259,6 +335,28 @@ def _app() -> "typer.Typer":
             sys.exit(INTERRUPTED)
 
     return app
+
+
+def _outliers(file: Path, options: dict[str, Any], csv: Path | None, json: Path | None, plot: Path | None) -> int:
+    from .outliers import command
+
+    try:
+        findings = command.find(file, **options)
+        command.tell(findings)
+        if csv is not None:
+            findings.write_csv(csv)
+            print(f"\nscores     {csv}")
+        if json is not None:
+            findings.write_json(json)
+            print(f"figures    {json}")
+        if plot is not None:
+            command.draw(findings, plot)
+            print(f"picture    {plot}")
+    except ValueError as e:
+        _fail(str(e), code=2)
+    except OSError as e:
+        _fail(f"{e.filename or file}: {e.strerror or e}", code=1)
+    return 0
 
 
 def _budget(path: Path, delta: float, accountant: str | None, as_json: bool) -> int:

@@ -159,7 +159,7 @@ class OutlierDetector(OutlierMixin, BaseEstimator):
             >>> import numpy as np
             >>> from mlx_bulwark.outliers import ECOD
             >>> detector = ECOD().fit(np.random.default_rng(0).normal(size=(100, 3)))
-            >>> bool(detector.decision_function([[0.0, 9.0, 0.0]])[0] < 0)
+            >>> bool(detector.decision_function([[9.0, 9.0, 9.0]])[0] < 0)
             True
         """
         scores: Float64 = self.score_samples(X)
@@ -181,7 +181,7 @@ class OutlierDetector(OutlierMixin, BaseEstimator):
             >>> import numpy as np
             >>> from mlx_bulwark.outliers import ECOD
             >>> detector = ECOD().fit(np.random.default_rng(0).normal(size=(100, 3)))
-            >>> detector.predict([[0.0, 0.0, 0.0], [0.0, 9.0, 0.0]]).tolist()
+            >>> detector.predict([[0.0, 0.0, 0.0], [9.0, 9.0, 9.0]]).tolist()
             [1, -1]
         """
         return labels(self.decision_function(X))

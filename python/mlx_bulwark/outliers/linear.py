@@ -33,7 +33,7 @@ class Mahalanobis(OutlierDetector):
         >>> import numpy as np
         >>> from mlx_bulwark.outliers import Mahalanobis
         >>> x = np.random.default_rng(0).normal(size=(200, 2)) @ [[1.0, 0.9], [0.0, 0.1]]
-        >>> Mahalanobis().fit(x).predict([[2.0, 1.8], [2.0, -1.8]]).tolist()
+        >>> Mahalanobis().fit(x).predict([[1.0, 0.9], [1.0, -0.9]]).tolist()
         [1, -1]
 
     Source:
@@ -112,7 +112,7 @@ class PCAReconstruction(OutlierDetector):
         >>> import numpy as np
         >>> from mlx_bulwark.outliers import PCAReconstruction
         >>> x = np.random.default_rng(0).normal(size=(200, 2)) @ [[1.0, 0.9], [0.0, 0.1]]
-        >>> PCAReconstruction(1).fit(x).predict([[2.0, 1.8], [2.0, -1.8]]).tolist()
+        >>> PCAReconstruction(1).fit(x).predict([[1.0, 0.9], [1.0, -0.9]]).tolist()
         [1, -1]
 
     Source:
