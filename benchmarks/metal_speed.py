@@ -2,17 +2,21 @@
 
 A case knows the bytes that its kernels must move: what they read and write, the gradients twice where norms come before
 the sum. The tests hold that number against the simulator's count, at small sizes. Noise is bound by arithmetic, so its
-share is the lower. The peer is the plain-MLX reference under ``mx.compile``, which returns the same values.
+share is the lower. So are ghost norms: their bytes are each input once, which caches serve again and again, and beside
+them stand the multiplications and additions of their products. The peer is the plain-MLX reference under
+``mx.compile``, which returns the same values.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx_bulwark as bw
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_bulwark.ops import clip, noise
+from mlx_bulwark import _native
+from mlx_bulwark.ops import clip, noise, smooth
 
 from benchmarks.chips import PREDICTED, predicted_seconds
 
@@ -23,13 +27,14 @@ BOUND = mx.array(1.0)
 
 
 class Case(NamedTuple):
-    """An op, the same by its reference, the inputs of both, and the bytes that the op must move."""
+    """An op, the same by its reference, the inputs of both, and what the op must do."""
 
     name: str
     op: Callable[..., Any]
     reference: Callable[..., Any]
     inputs: list[mx.array]
     nbytes: int
+    flops: int = 0  # of matrix products
 
 
 class Sizes(NamedTuple):
@@ -40,10 +45,24 @@ class Sizes(NamedTuple):
     columns: int = 1_000_000
     leaves: int = 200
     leaf: int = 2048
+    tokens: int = 512
+    width: int = 1024
+    copies: int = 10_000
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
-    n, batch, columns, leaves, leaf = sizes
+    """Every family in turn."""
+    yield from _noise_cases(sizes.values)
+    batch, columns, leaves, leaf = sizes.batch, sizes.columns, sizes.leaves, sizes.leaf
+    for dtype, suffix in ((mx.float32, ""), (mx.bfloat16, "_bfloat16")):
+        yield from _clip_cases(f"{batch}x{columns}{suffix}", [_normals((batch, columns), dtype)])
+    yield from _clip_cases(f"{batch}x{leaves}x{leaf}", [_normals((batch, leaf)) for _ in range(leaves)])
+    for dtype, suffix in ((mx.float32, ""), (mx.bfloat16, "_bfloat16")):
+        yield from _ghost_cases(batch // 4, sizes.tokens, sizes.width, dtype, suffix)
+    yield from _smooth_cases(sizes.copies)
+
+
+def _noise_cases(n: int) -> Iterator[Case]:
     yield Case(
         f"noise.gaussian.{n}",
         lambda: bw.gaussian((n,), SIGMA, KEY, COUNTER),
@@ -65,9 +84,6 @@ def cases(sizes: Sizes) -> Iterator[Case]:
         [],
         4 * n,
     )
-    for dtype, suffix in ((mx.float32, ""), (mx.bfloat16, "_bfloat16")):
-        yield from _clip_cases(f"{batch}x{columns}{suffix}", [_normals((batch, columns), dtype)])
-    yield from _clip_cases(f"{batch}x{leaves}x{leaf}", [_normals((batch, leaf)) for _ in range(leaves)])
 
 
 def _clip_cases(shape: str, grads: list[mx.array]) -> Iterator[Case]:
@@ -97,6 +113,60 @@ def _clip_cases(shape: str, grads: list[mx.array]) -> Iterator[Case]:
     )
 
 
+def _ghost_cases(batch: int, rows: int, width: int, dtype: mx.Dtype, suffix: str) -> Iterator[Case]:
+    x, dy = _normals((batch, rows, width), dtype), _normals((batch, rows, width), dtype)
+    shape, nbytes = f"{batch}x{rows}x{width}x{width}{suffix}", x.nbytes + dy.nbytes + 4 * batch
+    # A Gram matrix is symmetric: half of it is computed.
+    for method, flops in (("gram", 2 * batch * rows**2 * width), ("direct", 2 * batch * rows * width**2)):
+        op = partial(bw.linear_sq_norms, method=method)
+        yield Case(f"ghost.{method}.{shape}", op, _by_reference(op), [x, dy], nbytes, flops)
+    each = [x.flatten(0, 1), dy.flatten(0, 1)]
+    yield Case(
+        f"ghost.outer.{batch * rows}x1x{width}x{width}{suffix}",
+        bw.linear_sq_norms,
+        _by_reference(bw.linear_sq_norms),
+        each,
+        x.nbytes + dy.nbytes + 4 * batch * rows,
+    )
+    tokens = mx.array(np.random.default_rng(0).integers(0, 32_000, (batch, rows)), mx.int32)
+    yield Case(
+        f"ghost.embedding.{batch}x{rows}x{width}{suffix}",
+        bw.embedding_sq_norms,
+        _by_reference(bw.embedding_sq_norms),
+        [tokens, dy],
+        tokens.nbytes + dy.nbytes + 4 * batch,
+    )
+
+
+def _smooth_cases(copies: int) -> Iterator[Case]:
+    x = _normals((28, 28))
+    yield Case(
+        f"smooth.noisy_copies.{copies}x28x28",
+        lambda x: bw.noisy_copies(x, copies, SIGMA, KEY, COUNTER),
+        lambda x: smooth.noisy_copies_reference(x, copies, SIGMA, KEY, COUNTER),
+        [x],
+        copies * x.nbytes,
+    )
+    logits, counts = _normals((copies, 100)), mx.zeros(101, mx.int32)
+    yield Case(
+        f"smooth.count_votes.{copies}x100",
+        lambda x: bw.count_votes(x, counts),
+        lambda x: smooth.count_votes_reference(x, counts),
+        [logits],
+        logits.nbytes + 2 * counts.nbytes,
+    )
+
+
+def _by_reference(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op in plain MLX ops."""
+
+    def plain(*inputs: mx.array) -> Any:
+        with _native.using("reference"):
+            return op(*inputs)
+
+    return plain
+
+
 def _normals(shape: tuple[int, ...], dtype: mx.Dtype = mx.float32) -> mx.array:
     return mx.array(np.random.default_rng(0).standard_normal(shape, np.float32)).astype(dtype)
 
@@ -114,6 +184,8 @@ def _run_case(bench: Any, case: Case) -> None:
     bench.check(case.name, lambda: _agree(case.op(*case.inputs), case.reference(*case.inputs)))
     times = bench.compare({"ours": lambda: case.op(*case.inputs), "reference": lambda: compiled(*case.inputs)})
     rows(bench, case.name, case.nbytes, times["ours"].median, times["reference"].median)
+    if case.flops:
+        bench.row(f"{case.name}/arithmetic", case.flops / times["ours"].median / 1e9, "GFLOP/s", better="higher")
 
 
 def rows(bench: Any, name: str, nbytes: int, seconds: float, reference_seconds: float) -> None:
@@ -137,6 +209,6 @@ def _agree(got: Any, want: Any) -> bool:
 
 
 def _near(x: mx.array, y: mx.array) -> bool:
-    if x.dtype == mx.uint32:
+    if x.dtype in (mx.uint32, mx.int32):
         return bool((x == y).all().item())
     return bool((mx.abs(x - y).max() <= 1e-5 * mx.maximum(mx.abs(y).max(), 1.0)).item())

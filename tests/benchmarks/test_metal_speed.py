@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import chips, metal_speed  # noqa: E402
 from benchmarks import run as bench_run  # noqa: E402
 
-SMALL = metal_speed.Sizes(values=32_000, batch=64, columns=8_000, leaves=12, leaf=2048)
+SMALL = metal_speed.Sizes(values=32_000, batch=64, columns=8_000, leaves=12, leaf=2048, tokens=96, width=64, copies=200)
 
 
 def bench(**options):
@@ -67,8 +67,10 @@ def test_bytes_are_those_that_kernels_move(sim, case):
     mx.eval(case.op(*case.inputs))
     buffers = [b for call in sim.calls for b in call.buffers.values() if b["space"] == "device"]
     assert sim.reports == []
-    assert case.nbytes <= sum(b["read"] + b["written"] for b in buffers) * 1.02
-    assert case.nbytes >= sum(b["read"] + b["written"] for b in buffers) / 1.08  # factors and partial norms come on top
+    once = "unique_" if case.name.startswith("ghost.") else ""  # what is asked for again, caches have
+    moved = sum(b[f"{once}read"] + b[f"{once}written"] for b in buffers)
+    assert case.nbytes <= moved * 1.02
+    assert case.nbytes >= moved / 1.08  # factors and partial norms come on top
 
 
 def test_suite_on_the_cpu():
@@ -81,6 +83,7 @@ def test_suite_on_the_cpu():
         seconds = found[f"{case.name}/time"] / 1e6
         assert seconds > 0
         assert found[f"{case.name}/throughput"] == pytest.approx(case.nbytes / seconds / 1e9)
+        assert (f"{case.name}/arithmetic" in found) == bool(case.flops)
         assert found[f"{case.name}/share_of_published_bandwidth"] == pytest.approx(found[f"{case.name}/throughput"])
 
 
