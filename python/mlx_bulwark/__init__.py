@@ -27,6 +27,7 @@ from .ops.noise import (
     random_key,
 )
 from .ops.smooth import count_votes, noisy_copies
+from .ops.step import projected_step, random_start
 from .ops.tails import (
     ColumnStats,
     HistogramTable,
@@ -119,9 +120,11 @@ __all__ = [
     "mahalanobis",
     "merge_column_stats",
     "noisy_copies",
+    "projected_step",
     "quantile_table",
     "random_bits",
     "random_key",
+    "random_start",
     "robust_scale",
     "robust_zscore",
     "sample_sq_norms",

@@ -25,7 +25,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from . import _native
-from .ops import clip, ghost, neighbors, noise, smooth, tails
+from .ops import clip, ghost, neighbors, noise, smooth, step, tails
 
 TIME_LIMIT = 600.0  # seconds of a child process; compiling all Metal kernels takes some ten
 SIZE = 10_003
@@ -506,6 +506,22 @@ def _spectral_scores() -> Iterator[Case]:
     for dtype in TOLERANCES:
         x = (_normals((301, 19)) * mx.array([2.0**-i for i in range(19)])).astype(dtype)
         yield Case(_name(dtype), partial(tails.spectral_scores, x, 2))
+
+
+@_op
+def _projected_step() -> Iterator[Case]:
+    eps = mx.array([0.1, 1.0, 10.0])
+    for dtype, tolerance in TOLERANCES.items():
+        for norm in step.NORMS:
+            rows = [mx.clip(_normals((3, 1001), dtype) * scale, 0, 1) for scale in (1, 0.5, 0.9)]
+            run = partial(step.projected_step, rows[0], rows[1], rows[2], eps, 0.5, norm, (0, 1))
+            yield Case(f"{_name(dtype)}, {norm}", run, tolerance)
+
+
+@_op
+def _random_start() -> Iterator[Case]:
+    for norm in step.NORMS:
+        yield Case(norm, partial(step.random_start, mx.zeros((3, 33)), 1.0, norm, seed=0))
 
 
 # Running them.
