@@ -26,6 +26,7 @@
 #include "neighbors/neighbors.h"
 #include "noise/noise.h"
 #include "smooth/smooth.h"
+#include "tails/tails.h"
 
 namespace nb = nanobind;
 namespace mx = mlx::core;
@@ -76,7 +77,7 @@ NB_MODULE(_ext, m) {
   m.def("on_metal", [](mx::StreamOrDevice s) { return on_metal(mx::to_stream(s)); }, "stream"_a = nb::none());
   m.def("sources", [] {
     std::vector<std::tuple<std::string, std::string, std::string>> all;
-    for (auto* s : {&noise_source, &clip_source, &ghost_source, &neighbors_source, &smooth_source})
+    for (auto* s : {&noise_source, &clip_source, &ghost_source, &neighbors_source, &smooth_source, &tails_source})
       all.emplace_back(s->name, s->text, s->hash);
     return all;
   });
@@ -117,6 +118,16 @@ NB_MODULE(_ext, m) {
   m.def("noisy_copies", &noisy_copies, "x"_a, "n"_a, "sigma"_a, "key"_a, "counter"_a, "uniform"_a, "bounds"_a,
         "levels"_a, "stream"_a = nb::none());
   m.def("count_votes", &count_votes, "logits"_a, "counts"_a, "stream"_a = nb::none());
+
+  m.def("column_stats", &column_stats, "x"_a, "stream"_a = nb::none());
+  m.def("quantile_table", &quantile_table, "x"_a, "stream"_a = nb::none());
+  m.def("tail_scores", &tail_scores, "x"_a, "values"_a, "counts"_a, "skewness"_a, "ranks"_a, "kind"_a,
+        "stream"_a = nb::none());
+  m.def("histogram_counts", &histogram_counts, "x"_a, "edges"_a, "stream"_a = nb::none());
+  m.def("histogram_scores", &histogram_scores, "x"_a, "edges"_a, "scores"_a, "reach"_a, "per_column"_a,
+        "stream"_a = nb::none());
+  m.def("robust_zscore", &robust_zscore, "x"_a, "center"_a, "scale"_a, "stream"_a = nb::none());
+  m.def("mahalanobis", &mahalanobis, "x"_a, "mean"_a, "cholesky"_a, "stream"_a = nb::none());
 #ifdef BULWARK_SANITIZE
   m.def("planted_error", &planted_error, "kind"_a);
 #endif

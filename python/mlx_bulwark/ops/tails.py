@@ -3,12 +3,14 @@
 Higher is more abnormal everywhere. Tables are frozen: what a row scores never depends on the rows beside it.
 """
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from .. import _native
 from .._native import Stream
 from .clip import _row_sums
 from .noise import FLOATS, _on
@@ -16,6 +18,7 @@ from .noise import FLOATS, _on
 METHODS = ("ecod", "copod")
 AGGREGATIONS = ("per_feature", "paper")
 MAD_SCALE = 1.4826022185056018  # 1 / Phi^-1(3/4): a normal column's MAD times this is its standard deviation
+_KINDS = (*METHODS, "paper", "sides")  # in the order of the native enum
 OVERSAMPLING = 8  # directions that spectral_scores follows beyond those that it is asked for
 # `&` and `|` of a mapped and an unmapped array are wrong under vmap in MLX 0.32.4; logical_and and logical_or are not.
 _RUN = 32  # MLX adds float32 in sequence on the CPU: the reference splits longer sums
@@ -117,6 +120,8 @@ def column_stats(x: mx.array, *, stream: Stream = None) -> ColumnStats:
         Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979).
     """
     _check_rows("column_stats", x)
+    if _on_cpu(stream):
+        return ColumnStats(*_native.ext.column_stats(x, stream))
     return column_stats_reference(x, stream=stream)
 
 
@@ -229,7 +234,10 @@ def quantile_table(x: mx.array, bins: int | None = None, *, stream: Stream = Non
     _check_rows("quantile_table", x)
     if bins is not None and bins < 4:
         raise ValueError(f"[quantile_table] bins must be 4 or more but is {bins}")
-    table = quantile_table_reference(x, stream=stream)
+    if _on_cpu(stream):
+        table = QuantileTable(*_native.ext.quantile_table(x, stream))
+    else:
+        table = quantile_table_reference(x, stream=stream)
     return table if bins is None or bins >= x.shape[0] else _compressed(table, bins, stream)
 
 
@@ -288,7 +296,16 @@ def tail_scores(
     _check_rows("tail_scores", x, table.values.shape[0])
     _choice("tail_scores", "method", method, METHODS)
     _choice("tail_scores", "aggregation", aggregation, AGGREGATIONS)
-    return tail_scores_reference(x, table, method, aggregation, per_column, stream=stream)
+    if not _on_cpu(stream):
+        return tail_scores_reference(x, table, method, aggregation, per_column, stream=stream)
+    inputs = (x, table.values, table.counts, table.skewness, [] if table.ranks is None else [table.ranks])
+    if not per_column:
+        kind = "paper" if aggregation == "paper" else method
+        score: mx.array = _native.ext.tail_scores(*inputs, _KINDS.index(kind), stream)[0]
+        return score
+    with _on(stream):
+        left, right = _native.ext.tail_scores(*inputs, _KINDS.index("sides"), stream)
+        return _combined(left, right, table.skewness, method, aggregation, per_column)
 
 
 def tail_scores_reference(
@@ -338,7 +355,13 @@ def histogram_table(x: mx.array, bins: int = 10, alpha: float = 0.1, *, stream: 
         raise ValueError(f"[histogram_table] bins must be from 1 to 4096 but is {bins}")
     if not (alpha > 0 and math.isfinite(alpha)):
         raise ValueError(f"[histogram_table] alpha must be positive and finite but is {alpha}")
-    return histogram_table_reference(x, bins, alpha, stream=stream)
+    if not _on_cpu(stream):
+        return histogram_table_reference(x, bins, alpha, stream=stream)
+    with _on(stream):
+        stats = column_stats(x, stream=stream)
+        edges, widths = _edges(stats, bins)
+        counts = _native.ext.histogram_counts(x, edges, stream)
+        return _histogram(edges, widths, counts, stats.count, alpha)
 
 
 def histogram_table_reference(
@@ -385,6 +408,11 @@ def histogram_scores(
     _check_rows("histogram_scores", x, table.edges.shape[0])
     if not tol >= 0:
         raise ValueError(f"[histogram_scores] tol must be 0 or more but is {tol}")
+    if _on_cpu(stream):
+        with _on(stream):
+            reach = tol * table.widths
+        scores: mx.array = _native.ext.histogram_scores(x, table.edges, table.scores, reach, per_column, stream)
+        return scores
     return histogram_scores_reference(x, table, tol, per_column, stream=stream)
 
 
@@ -393,10 +421,7 @@ def histogram_scores_reference(
 ) -> mx.array:
     """The same as ``histogram_scores`` in plain MLX ops."""
     with _on(stream):
-        if not x.size:
-            return _nothing(x, per_column)
-        scores = _column_scores(x, table, tol)
-        return scores if per_column else _row_sums(scores)
+        return _histogram_scores(x, table.edges, table.scores, tol * table.widths, per_column)
 
 
 def robust_scale(table: QuantileTable, *, stream: Stream = None) -> RobustScale:
@@ -463,6 +488,9 @@ def robust_zscore(x: mx.array, center: mx.array, scale: mx.array, *, stream: Str
     d = _check_rows("robust_zscore", x)
     _check_vector("robust_zscore", "center", center, d)
     _check_vector("robust_zscore", "scale", scale, d)
+    if _native.runs_native(stream):
+        scores: mx.array = _native.ext.robust_zscore(x, center, scale, stream)
+        return scores
     return robust_zscore_reference(x, center, scale, stream=stream)
 
 
@@ -506,6 +534,9 @@ def mahalanobis(x: mx.array, mean: mx.array, cholesky: mx.array, *, stream: Stre
             f"[mahalanobis] cholesky must have shape [{d}, {d}] and dtype float32 "
             f"but has shape {list(cholesky.shape)} and dtype {cholesky.dtype}"
         )
+    if _on_cpu(stream):
+        distances: mx.array = _native.ext.mahalanobis(x, mean, cholesky, stream)
+        return distances
     return mahalanobis_reference(x, mean, cholesky, stream=stream)
 
 
@@ -724,19 +755,21 @@ def _histogram(edges: mx.array, widths: mx.array, counts: mx.array, total: mx.ar
     return HistogramTable(edges, counts, scores, widths)
 
 
-def _column_scores(x: mx.array, table: HistogramTable, tol: float) -> mx.array:
-    def score(x: mx.array, edges: mx.array, scores: mx.array, widths: mx.array) -> mx.array:
+def _histogram_scores(x: mx.array, edges: mx.array, scores: mx.array, reach: mx.array, per_column: bool) -> mx.array:
+    if not x.size:
+        return _nothing(x, per_column)
+
+    def score(x: mx.array, edges: mx.array, scores: mx.array, reach: mx.array) -> mx.array:
         columns, bins = x.astype(mx.float32).T, scores.shape[1]
         at = _positions(edges, columns, mx.less)  # bin k holds edges[k] < x <= edges[k + 1]
         found = mx.take_along_axis(scores, mx.clip(at - 1, 0, bins - 1), axis=1)
-        low, high, width = edges[:, :1], edges[:, -1:], tol * mx.expand_dims(widths, 1)
-        below = mx.logical_and(at == 0, low - columns > width)
-        outside = mx.logical_or(below, mx.logical_and(at > bins, columns - high > width))
+        far = mx.expand_dims(reach, 1)
+        outside = mx.logical_or(edges[:, :1] - columns > far, columns - edges[:, -1:] > far)
         found = mx.where(outside, mx.max(scores, axis=1, keepdims=True), found)
         return mx.where(mx.isnan(columns), math.nan, found).T
 
-    scores: mx.array = _without_derivative("histogram_scores", score)(x, table.edges, table.scores, table.widths)
-    return scores
+    columns: mx.array = _without_derivative("histogram_scores", score)(x, edges, scores, reach)
+    return columns if per_column else _row_sums(columns)
 
 
 # Medians from sorted columns.
@@ -801,6 +834,66 @@ def _spectral(x: mx.array, stats: ColumnStats, k: int, iterations: int) -> mx.ar
     _, rotation = mx.linalg.eigh(projected.T @ projected, stream=mx.cpu)  # ascending
     top = (projected @ rotation[:, -k:]) * scale
     return mx.square(top).sum(1)
+
+
+# What the primitives call.
+
+
+@_native.reference("column_stats")
+def _(arrays: list[mx.array], stream: Any) -> list[mx.array]:
+    return list(column_stats_reference(*arrays, stream=stream))
+
+
+@_native.reference("quantile_table")
+def _(arrays: list[mx.array], stream: Any) -> list[mx.array]:
+    return list(quantile_table_reference(*arrays, stream=stream)[:3])
+
+
+@_native.reference("tail_scores")
+def _(arrays: list[mx.array], stream: Any, parameters: str) -> list[mx.array]:
+    x, *parts = arrays
+    table = QuantileTable(*parts)
+    kind = _KINDS[json.loads(parameters)["kind"]]
+    if kind in METHODS:
+        return [tail_scores_reference(x, table, kind, stream=stream)]
+    if kind == "paper":
+        return [tail_scores_reference(x, table, aggregation="paper", stream=stream)]
+    with _on(stream):
+        return list(_tails(x, table))
+
+
+@_native.reference("histogram_counts")
+def _(arrays: list[mx.array], stream: Any) -> list[mx.array]:
+    with _on(stream):
+        return [_bin_counts(*arrays)]
+
+
+@_native.reference("histogram_scores")
+def _(arrays: list[mx.array], stream: Any) -> list[mx.array]:
+    x, edges, scores, reach = arrays
+    with _on(stream):
+        return [_histogram_scores(x, edges, scores, reach, per_column=False)]
+
+
+@_native.reference("histogram_column_scores")
+def _(arrays: list[mx.array], stream: Any) -> list[mx.array]:
+    x, edges, scores, reach = arrays
+    with _on(stream):
+        return [_histogram_scores(x, edges, scores, reach, per_column=True)]
+
+
+@_native.reference("robust_zscore")
+def _(arrays: list[mx.array], stream: Any) -> list[mx.array]:
+    return [robust_zscore_reference(*arrays, stream=stream)]
+
+
+@_native.reference("mahalanobis")
+def _(arrays: list[mx.array], stream: Any) -> list[mx.array]:
+    return [mahalanobis_reference(*arrays, stream=stream)]
+
+
+def _on_cpu(stream: Stream) -> bool:
+    return _native.runs_native(stream) and not _native.ext.on_metal(stream)
 
 
 # Arguments.

@@ -1,0 +1,324 @@
+#include "tails/tails_simd.h"
+
+#include <string.h>
+#if defined(__AVX2__)
+  #include <immintrin.h>
+#elif defined(__aarch64__)
+  #include <arm_neon.h>
+#endif
+
+namespace bulwark::BULWARK_ISA {
+#if defined(__AVX2__)
+constexpr size_t LANES = 8;
+#else
+constexpr size_t LANES = 4;
+#endif
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+constexpr float INF = __builtin_inff(), NAN_ = __builtin_nanf("");
+
+template <class V>
+static V load(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V>
+static void store(void* p, V v) {
+  memcpy(p, &v, sizeof v);
+}
+static Vec choose(Ints mask, Vec a, Vec b) { return (Vec)((mask & (Ints)a) | (~mask & (Ints)b)); }
+static Vec larger(Vec a, Vec b) { return choose(a > b, a, b); }
+
+// Float from the bits of a half; see clip_simd.cpp.
+template <class F, class U>
+static F from_half_bits(U h) {
+  U magnitude = (h & 0x7fff) << 13, sign = (h & 0x8000) << 16;
+  F scaled;
+  memcpy(&scaled, &magnitude, sizeof scaled);
+  scaled *= 0x1p112f;
+  U bits;
+  memcpy(&bits, &scaled, sizeof bits);
+  bits |= sign | (magnitude >= 0x0f800000 ? U{} + 0x7f800000 : U{});
+  memcpy(&scaled, &bits, sizeof scaled);
+  return scaled;
+}
+
+struct F32 {
+  typedef float Value;
+  static Vec vector(const Value* p) { return load<Vec>(p); }
+  static float scalar(Value x) { return x; }
+};
+
+struct F16 {
+  typedef uint16_t Value;
+  static Vec vector(const Value* p) {
+#if defined(__AVX2__)
+    return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__)
+    return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+#else
+    return from_half_bits<Vec>(__builtin_convertvector(load<Halves>(p), Bits));
+#endif
+  }
+  static float scalar(Value x) { return from_half_bits<float>(uint32_t(x)); }
+};
+
+struct BF16 {
+  typedef uint16_t Value;
+  static Vec vector(const Value* p) { return (Vec)(__builtin_convertvector(load<Halves>(p), Bits) << 16); }
+  static float scalar(Value x) {
+    uint32_t bits = uint32_t(x) << 16;
+    return load<float>(&bits);
+  }
+};
+
+template <class F>
+static void widen(const void* from, float* y, size_t n) {
+  auto* x = (const typename F::Value*)from;
+  size_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(y + i, F::vector(x + i));
+  for (; i < n; i++) y[i] = F::scalar(x[i]);
+}
+
+template <class F>
+static void columns(const void* from, size_t stride, size_t rows, size_t cols, float* y, size_t apart) {
+  constexpr size_t STEP = 16;  // rows whose lines stay in the first cache while columns are taken out of them
+  auto* x = (const typename F::Value*)from;
+  for (size_t at = 0; at < rows; at += STEP) {
+    size_t end = at + STEP < rows ? at + STEP : rows;
+    for (size_t c = 0; c < cols; c++)
+      for (size_t r = at; r < end; r++) y[c * apart + r] = F::scalar(x[r * stride + c]);
+  }
+}
+
+// ---- Statistics of a block: its mean first, then differences from it, while it is in the first cache.
+
+template <class V, class I>
+static void stats_of(const float* x, size_t stride, size_t rows, const BlockStats& out, size_t at) {
+  const V zero = {}, most = zero + INF;
+  const float share = 1 / float(rows);
+  V shift = zero, low = most, high = -most;
+  I count = {}, nans = {};
+  for (size_t r = 0; r < rows; r++) {
+    V v;
+    memcpy(&v, x + r * stride, sizeof v);
+    I magnitude = (I)v & 0x7fffffff, finite = magnitude < 0x7f800000;
+    count -= finite;
+    nans -= magnitude > 0x7f800000;
+    shift += (V)(finite & (I)v) * share;  // of values near the largest float, a sum would overflow
+    low = ((v < low) & finite) ? v : low;
+    high = ((v > high) & finite) ? v : high;
+  }
+  V counted = __builtin_convertvector(count, V);
+  V any = (V)((count > 0) & (I)(float(rows) / counted));
+  shift *= any;
+  V sum = zero, squares = zero;
+  for (size_t r = 0; r < rows; r++) {
+    V v;
+    memcpy(&v, x + r * stride, sizeof v);
+    I finite = ((I)v & 0x7fffffff) < 0x7f800000;
+    V d = (V)(finite & (I)(v - shift));
+    sum += d;
+    squares += d * d;
+  }
+  memcpy(out.shift + at, &shift, sizeof shift);
+  memcpy(out.sum + at, &sum, sizeof sum);
+  memcpy(out.squares + at, &squares, sizeof squares);
+  memcpy(out.minimum + at, &low, sizeof low);
+  memcpy(out.maximum + at, &high, sizeof high);
+  memcpy(out.count + at, &count, sizeof count);
+  memcpy(out.nans + at, &nans, sizeof nans);
+}
+typedef float One __attribute__((vector_size(4)));
+typedef int32_t OneInt __attribute__((vector_size(4)));
+
+static void block_stats(const float* x, size_t stride, size_t rows, size_t cols, const BlockStats& out) {
+  size_t c = 0;
+  for (; c + LANES <= cols; c += LANES) stats_of<Vec, Ints>(x + c, stride, rows, out, c);
+  for (; c < cols; c++) stats_of<One, OneInt>(x + c, stride, rows, out, c);
+}
+
+// ---- Tails
+
+// The position of the last of `n` coarse values that is at most (or below) x; 0 where there is none. A step is done for
+// all queries before the next one, so that their loads overlap.
+constexpr size_t QUERIES = 32;
+template <bool EQUAL>
+static void find_blocks(const float* coarse, size_t n, const float* x, int32_t* at) {
+  for (size_t q = 0; q < QUERIES; q++) at[q] = 0;
+  for (size_t left = n; left > 1;) {
+    int32_t half = left / 2;
+    for (size_t q = 0; q < QUERIES; q++) {
+      float v = coarse[at[q] + half];
+      at[q] += (EQUAL ? v <= x[q] : v < x[q]) ? half : 0;
+    }
+    left -= half;
+  }
+}
+
+// How many of the values of a block are below x, and at most x.
+static void count_in_block(const Column& column, size_t block, float x, int32_t& below, int32_t& up_to) {
+  const float* v = column.values + block * COARSE;
+  float padded[COARSE];
+  if (block * COARSE + COARSE > column.n) {
+    for (size_t i = 0; i < COARSE; i++) padded[i] = block * COARSE + i < column.n ? v[i] : NAN_;
+    v = padded;
+  }
+#if defined(__AVX512F__)
+  __m512 values = _mm512_loadu_ps(v), query = _mm512_set1_ps(x);
+  below = __builtin_popcount(_mm512_cmp_ps_mask(values, query, _CMP_LT_OQ));
+  up_to = __builtin_popcount(_mm512_cmp_ps_mask(values, query, _CMP_LE_OQ));
+#elif defined(__AVX2__)
+  __m256 a = _mm256_loadu_ps(v), b = _mm256_loadu_ps(v + 8), query = _mm256_set1_ps(x);
+  auto count = [](__m256 m, __m256 n) {
+    return __builtin_popcount(_mm256_movemask_ps(m)) + __builtin_popcount(_mm256_movemask_ps(n));
+  };
+  below = count(_mm256_cmp_ps(a, query, _CMP_LT_OQ), _mm256_cmp_ps(b, query, _CMP_LT_OQ));
+  up_to = count(_mm256_cmp_ps(a, query, _CMP_LE_OQ), _mm256_cmp_ps(b, query, _CMP_LE_OQ));
+#else
+  Ints less = {}, most = {};
+  for (size_t i = 0; i < COARSE; i += LANES) {
+    less -= load<Vec>(v + i) < x;
+    most -= load<Vec>(v + i) <= x;
+  }
+  below = up_to = 0;
+  for (size_t k = 0; k < LANES; k++) below += less[k], up_to += most[k];
+#endif
+}
+
+static void positions(const Column& column, const float* x, int32_t* below, int32_t* up_to) {
+  const size_t blocks = (column.n + COARSE - 1) / COARSE;
+  int32_t block[QUERIES];
+  find_blocks<true>(column.coarse, blocks, x, block);
+  for (size_t q = 0; q < QUERIES; q++) __builtin_prefetch(column.values + block[q] * COARSE);
+  bool ties = false;
+  for (size_t q = 0; q < QUERIES; q++) {
+    count_in_block(column, block[q], x[q], below[q], up_to[q]);
+    ties |= below[q] == 0 && block[q] > 0;
+    below[q] += block[q] * COARSE;
+    up_to[q] += block[q] * COARSE;
+  }
+  if (!ties) return;  // equal values may begin in a block before
+  find_blocks<false>(column.coarse, blocks, x, block);
+  for (size_t q = 0; q < QUERIES; q++) {
+    int32_t unused;
+    count_in_block(column, block[q], x[q], below[q], unused);
+    below[q] += block[q] * COARSE;
+  }
+}
+
+// Natural logarithm of normal floats, good to an ulp or two (the polynomial of Cephes).
+static Vec log_of(Vec x) {
+  Ints bits = (Ints)x, exponent = (bits >> 23) - 126;
+  Vec m = (Vec)((bits & 0x007fffff) | 0x3f000000);  // [0.5, 1)
+  Ints low = m < 0.707106781186547524f;
+  exponent += low;
+  m += (Vec)(low & (Ints)m);
+  m -= 1.0f;
+  Vec e = __builtin_convertvector(exponent, Vec), z = m * m, y = {};
+  constexpr float terms[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
+                             -1.2420140846e-1f, 1.4249322787e-1f,  -1.6668057665e-1f,
+                             2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
+  for (float c : terms) y = y * m + c;
+  y = y * m * z + e * -2.12194440e-4f - 0.5f * z;
+  return m + y + e * 0.693359375f;
+}
+
+static void tails(const Column& column, Tails kind, const float* x, size_t n, float* const* out) {
+  const float total = column.count > 1 ? column.count : 1;
+  const float s = column.skewness;
+  const bool lefts = s < 0, rights = s > 0;
+  for (size_t at = 0; at < n; at += QUERIES) {
+    const size_t held = n - at < QUERIES ? n - at : QUERIES;
+    float query[QUERIES] = {}, both[2][QUERIES];
+    int32_t below[QUERIES], up_to[QUERIES];
+    memcpy(query, x + at, held * sizeof(float));
+    if (column.n)
+      positions(column, query, below, up_to);
+    else
+      memset(below, 0, sizeof below), memset(up_to, 0, sizeof up_to);
+    if (column.ranks)
+      for (size_t q = 0; q < QUERIES; q++) {
+        below[q] = below[q] ? column.ranks[below[q] - 1] + 1 : 0;
+        up_to[q] = up_to[q] ? column.ranks[up_to[q] - 1] + 1 : 0;
+      }
+    float parts[3][QUERIES];
+    for (size_t q = 0; q < QUERIES; q += LANES) {
+      Ints one = Ints{} + 1, a = load<Ints>(up_to + q), b = column.count - load<Ints>(below + q);
+      a = (a > one) ? a : one;
+      b = (b > one) ? b : one;
+      Vec v = load<Vec>(query + q), nan = Vec{} + NAN_;
+      Vec left = -log_of(__builtin_convertvector(a, Vec) / total);
+      Vec right = -log_of(__builtin_convertvector(b, Vec) / total);
+      left = choose(v == v, left, nan);
+      right = choose(v == v, right, nan);
+      store(both[0] + q, left);
+      store(both[1] + q, right);
+      Vec part;
+      if (kind == Tails::ecod) {
+        part = lefts || rights ? larger(left, right) : left + right;
+      } else {
+        part = larger(lefts ? left : rights ? right : left + right, 0.5f * (left + right));
+      }
+      store(parts[0] + q, choose(v == v, part, nan));
+    }
+    if (kind == Tails::sides) {
+      memcpy(out[0] + at, both[0], held * sizeof(float));
+      memcpy(out[1] + at, both[1], held * sizeof(float));
+    } else if (kind == Tails::paper) {
+      const float* chosen = lefts ? both[0] : both[1];
+      for (size_t q = 0; q < held; q++) {
+        out[0][at + q] += both[0][q];
+        out[1][at + q] += both[1][q];
+        out[2][at + q] += chosen[q];
+      }
+    } else {
+      for (size_t q = 0; q < held; q++) out[0][at + q] += parts[0][q];
+    }
+  }
+}
+
+// ---- Forward substitution for 64 rows at once
+
+static void substitute(const float* lower, const float* mean, size_t d, float* y, float* out) {
+  constexpr size_t VECTORS = 8, WIDTH = VECTORS * LANES;
+  for (size_t at = 0; at < SUBSTITUTED; at += WIDTH) {
+    Vec norm[VECTORS] = {};
+    for (size_t i = 0; i < d; i++) {
+      const float* row = lower + i * d;
+      Vec left[VECTORS];
+      for (size_t k = 0; k < VECTORS; k++) left[k] = load<Vec>(y + i * SUBSTITUTED + at + k * LANES) - mean[i];
+      for (size_t j = 0; j < i; j++)
+        for (size_t k = 0; k < VECTORS; k++) left[k] -= row[j] * load<Vec>(y + j * SUBSTITUTED + at + k * LANES);
+      for (size_t k = 0; k < VECTORS; k++) {
+        left[k] /= row[i];
+        norm[k] += left[k] * left[k];
+        store(y + i * SUBSTITUTED + at + k * LANES, left[k]);
+      }
+    }
+    for (size_t k = 0; k < VECTORS; k++) store(out + at + k * LANES, norm[k]);
+  }
+}
+
+static void zscore(const float* x, const float* center, const float* scale, float* y, size_t d) {
+  size_t i = 0;
+  for (; i + LANES <= d; i += LANES) {
+    Vec off = load<Vec>(x + i) - load<Vec>(center + i), by = load<Vec>(scale + i);
+    store(y + i, choose((off == 0.0f) & (by == 0.0f), Vec{}, off / by));
+  }
+  for (; i < d; i++) {
+    float off = x[i] - center[i];
+    y[i] = off == 0 && scale[i] == 0 ? 0 : off / scale[i];
+  }
+}
+
+const TailsKernels tails_kernels{{columns<F32>, columns<F16>, columns<BF16>},
+                                 {widen<F32>, widen<F16>, widen<BF16>},
+                                 block_stats,
+                                 tails,
+                                 substitute,
+                                 zscore};
+}  // namespace bulwark::BULWARK_ISA

@@ -1,0 +1,49 @@
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+namespace bulwark {
+// Statistics of a block of rows, an array of each; sums are over the finite values.
+struct BlockStats {
+  float *shift, *sum, *squares, *minimum, *maximum;  // sums of x - shift, and of their squares
+  int32_t *count, *nans;
+};
+
+// A column of a frozen table.
+struct Column {
+  const float* values;   // [n], ascending, NaN last
+  const float* coarse;   // every value whose position is a multiple of COARSE
+  const int32_t* ranks;  // of the values in the whole column, or null
+  size_t n;
+  int32_t count;
+  float skewness;
+};
+constexpr size_t COARSE = 16;
+enum class Tails { ecod, copod, paper, sides };
+
+struct TailsKernels {
+  // One function a dtype (float32, float16, bfloat16). y[c * apart + r] = x[r * stride + c]
+  void (*columns[3])(const void* x, size_t stride, size_t rows, size_t cols, float* y, size_t apart);
+  // y[i] = x[i]
+  void (*widen[3])(const void* x, float* y, size_t n);
+  // rows is 256 at most
+  void (*block_stats)(const float* x, size_t stride, size_t rows, size_t cols, const BlockStats& out);
+  // Adds a column's part of n scores to out[0]; the sums of left, right and chosen tails to out[0 .. 2] for the
+  // paper's; sides are not added but stored, left in out[0] and right in out[1].
+  void (*tails)(const Column& column, Tails kind, const float* x, size_t n, float* const* out);
+  // scratch [d, 64] holds the columns of 64 rows; out[r] = |lower^-1 (scratch[:, r] - mean)|^2
+  void (*substitute)(const float* lower, const float* mean, size_t d, float* scratch, float* out);
+  // y = (x - center) / scale, 0 where both are 0
+  void (*zscore)(const float* x, const float* center, const float* scale, float* y, size_t d);
+};
+constexpr size_t SUBSTITUTED = 64;
+namespace base {
+extern const TailsKernels tails_kernels;
+}
+namespace avx2 {
+extern const TailsKernels tails_kernels;
+}
+namespace avx512 {
+extern const TailsKernels tails_kernels;
+}
+}  // namespace bulwark
