@@ -124,6 +124,29 @@ class Masked(nn.Module):
         return self.scale(x, mx.arange(6) % 2)
 
 
+class Gate(nn.Module):
+    """A layer without a rule, of whose outputs one is no number and one takes no gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = mx.random.normal((6, 4))
+
+    def __call__(self, x):
+        scores = mx.softmax(x @ self.gain, axis=-1)
+        best = mx.stop_gradient(mx.argsort(-scores, axis=-1)[..., :2])
+        return best, mx.stop_gradient(scores.sum(axis=-1)), mx.take_along_axis(scores, best, axis=-1)
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate = Gate()
+
+    def __call__(self, x):
+        best, total, scores = self.gate(x)
+        return scores * (1 + best) + total[..., None]
+
+
 class Tied(nn.Module):
     """One table for tokens and logits."""
 
@@ -278,6 +301,7 @@ MODELS = {
     "group norm of torch": (lambda: nn.GroupNorm(2, 4, pytorch_compatible=True), IMAGE, 1e-5),
     "generic": (lambda: Sequence(nn.Linear(6, 6), Scale(6)), STEPS, 1e-5),
     "generic with a shared input": (Masked, STEPS, 1e-5),
+    "generic with a stopped output": (Gated, STEPS, 1e-5),
     "generic twice": (lambda: Twice(Scale(6)), STEPS, 1e-5),
     "conv3d": (lambda: nn.Conv3d(2, 3, (2, 3, 2), stride=(1, 2, 1), padding=1), (4, 5, 3, 2), 1e-4),
     "conv3d gram": (lambda: nn.Conv3d(2, 30, 2, stride=2, bias=False), (4, 5, 3, 2), 1e-4),

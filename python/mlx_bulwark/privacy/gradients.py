@@ -179,7 +179,7 @@ def _backward(
     traces: list[Trace] = []
 
     def total(probes: Any, inner: Any) -> tuple[mx.array, mx.array, list[tuple[list[mx.array], dict[str, mx.array]]]]:
-        trace = Trace(plan, probes, inner)
+        trace = Trace(B, plan, probes, inner)
         traces.append(trace)
         with tapped(sites, trace):
             losses = per_example(loss_fn(model, *batch), B)
@@ -232,7 +232,7 @@ def _plan(
 
 
 def _dry_run(model: nn.Module, sites: list[Site], loss_fn: LossFunction, batch: Any, B: int) -> list[Call]:
-    trace = Trace(None, [], [])
+    trace = Trace(B, None, [], [])
     with tapped(sites, trace):
         per_example(loss_fn(model, *batch), B)
     return trace.calls

@@ -95,6 +95,7 @@ class Site:
     slots: list[Slot]
     rule: Rule | None
     clipped_together: bool = False  # all its parameters in one group
+    folded: bool = False  # its rows are those of all examples, one after the other
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -224,9 +225,13 @@ class Trace:
     """What one forward pass through tapped layers recorded."""
 
     def __init__(
-        self, plan: list[Planned] | None, probes: list[list[mx.array]], inner: list[dict[str, mx.array]]
+        self,
+        batch_size: int,
+        plan: list[Planned] | None,
+        probes: list[list[mx.array]],
+        inner: list[dict[str, mx.array]],
     ) -> None:
-        self.plan, self.probes, self.inner = plan, probes, inner
+        self.batch_size, self.plan, self.probes, self.inner = batch_size, plan, probes, inner
         self.calls: list[Call] = []
         self.sorted: dict[int, _Sorted] = {}
 
@@ -266,8 +271,12 @@ class Trace:
         if site.rule and site.rule.expanded:
             shapes = site.rule.expanded(site.module, inputs)
             call.inner.update({name: (shape, call.outputs[0].dtype) for name, shape in shapes.items()})
+        if site.folded:
+            self._unfold(call)
         if not planned:
             return result
+        if site.folded:
+            return result + self.probes[k][0].reshape(result.shape)
         probes = iter(self.probes[k])
         return _replace(result, lambda v: _probe(v, next(probes)) if isinstance(v, mx.array) else v)
 
@@ -289,9 +298,22 @@ class Trace:
         call.inputs = [of_examples(x), experts if order is None else order.undone(experts)]
         call.recorded = {name: of_examples(y) for name, y in call.recorded.items()}
         call.outputs = [of_examples(result)]
+        shape = call.outputs[0].shape
+        if call.site.folded:
+            self._unfold(call)
         if probes is None:
             return result
-        return result + (probes[0] if order is None else order.done(probes[0]))
+        probe = probes[0].reshape(shape)
+        return result + (probe if order is None else order.done(probe))
+
+    def _unfold(self, call: Call) -> None:
+        """Give what was recorded the batch axis."""
+
+        def unfolded(rows: mx.array) -> mx.array:
+            return mx.unflatten(rows, 0, (self.batch_size, -1))
+
+        call.inputs, call.outputs = ([unfolded(a) for a in arrays] for arrays in (call.inputs, call.outputs))
+        call.recorded = {name: unfolded(a) for name, a in call.recorded.items()}
 
 
 @contextmanager
@@ -391,9 +413,23 @@ def find_sites(model: nn.Module, rule_of: Callable[[nn.Module], Rule | None]) ->
         slots[id(slot.container), slot.key] = (owner_path, owner, slot)  # shared: its last path counts, as in MLX
     sites: dict[int, Site] = {}
     for path, module, slot in slots.values():
-        site = sites.setdefault(id(module), Site(path, module, type(module), [], rule_of(module)))
+        new = Site(path, module, type(module), [], rule_of(module), folded=_in_folding(model, path))
+        site = sites.setdefault(id(module), new)
         site.slots.append(slot)
     return list(sites.values())
+
+
+# Layers of mlx-lm that, from [batch, steps, features], give theirs [batch * steps, features].
+FOLDING = ("mlx_lm.models.olmoe.OlmoeSparseMoeBlock",)
+
+
+def _in_folding(model: nn.Module, path: str) -> bool:
+    container: Any = model
+    for part in path.split(".") if path else ():
+        if f"{type(container).__module__}.{type(container).__qualname__}" in FOLDING:
+            return True
+        container = container[int(part) if isinstance(container, list) else part]
+    return False
 
 
 def _locate(model: nn.Module, path: str, array: mx.array) -> tuple[str, nn.Module, Slot]:
