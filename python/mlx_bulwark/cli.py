@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .demo.progress import Stop
     from .doctor import Report
     from .privacy import AuditReport
+    from .smoothing.command import CertifyOptions
 
 INTERRUPTED = 130  # as shells count: 128 + SIGINT
 
@@ -59,6 +60,17 @@ ensemble of five detectors.
 
 Exit codes: 0 done, 1 a package is missing or a file cannot be read or written, 2 an option or the data cannot be \
 used, 130 interrupted."""
+
+
+CERTIFY_HELP = """Certify a classifier by randomized smoothing: a radius around each input that no attack can use.
+
+MODEL is module:function, a function without arguments that returns a mlx.nn.Module; the folder of the command is \
+searched too. DATA is an .npz file with the arrays x and y (or x_test and y_test, images and labels, data and labels), \
+inputs in the unit of sigma. For each sigma a table index,label,predict,radius,correct,time is written into OUT, line by \
+line; the same command goes on where it was interrupted, with fresh noise. An abstention is predict -1.
+
+Exit codes: 0 done, 1 a package is missing or a file cannot be written, 2 an option or the data cannot be used, 130 \
+interrupted."""
 
 
 def main() -> None:
@@ -322,6 +334,80 @@ def _app() -> "typer.Typer":
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
 
+    @app.command(help=CERTIFY_HELP)
+    def certify(
+        model: Annotated[
+            str, typer.Option(metavar="MODULE:FUNCTION", help="Makes the classifier.", show_default=False)
+        ],
+        data: Annotated[Path, typer.Option(metavar="FILE", help="Inputs and labels, .npz.", show_default=False)],
+        sigma: Annotated[
+            list[float],
+            typer.Option(help="Standard deviation of the noise; give it several times.", show_default=False),
+        ],
+        weights: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Weights of the model, .safetensors.", show_default=False)
+        ] = None,
+        n0: Annotated[int, typer.Option(help="Draws that guess the class.")] = 100,
+        n: Annotated[int, typer.Option(help="Draws that bound its probability.")] = 100_000,
+        alpha: Annotated[float, typer.Option(help="Probability that a certificate is wrong.")] = 0.001,
+        batch_size: Annotated[int, typer.Option(help="Draws that the model sees at once.")] = 1000,
+        norm: Annotated[
+            str, typer.Option(metavar="l2|l1", help="Gaussian noise and L2, or uniform noise and L1.")
+        ] = "l2",
+        bounds: Annotated[
+            tuple[float, float] | None,
+            typer.Option(metavar="LOW HIGH", help="Clip noisy copies; refuse inputs outside.", show_default=False),
+        ] = None,
+        levels: Annotated[
+            int | None, typer.Option(help="Round noisy copies to this many values in the bounds.", show_default=False)
+        ] = None,
+        target_radius: Annotated[
+            float | None, typer.Option(help="End an input early once this radius is certified.", show_default=False)
+        ] = None,
+        looks: Annotated[
+            int | None,
+            typer.Option(help="How often the votes are looked at. Default: 1, with a target 6.", show_default=False),
+        ] = None,
+        skip: Annotated[int, typer.Option(help="Certify every so many-th input.")] = 1,
+        out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the tables, sigma-<sigma>.csv.")] = Path(
+            "bulwark-certified"
+        ),
+        restart: Annotated[bool, typer.Option("--restart", help="Begin anew; older tables go.")] = False,
+        plot: Annotated[
+            Path | None,
+            typer.Option(metavar="FILE", help="Draw certified accuracy over radius, PNG.", show_default=False),
+        ] = None,
+        json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+        progress: Annotated[bool, typer.Option(help="Show a bar on standard error.")] = True,
+    ) -> None:
+        if plot is not None:
+            _require("demo", "matplotlib")
+        from .smoothing.command import CertifyOptions
+
+        options = CertifyOptions(
+            model,
+            weights,
+            data,
+            tuple(sigma),
+            n0,
+            n,
+            alpha,
+            batch_size,
+            norm,  # type: ignore[arg-type]  # anything else is refused with its words
+            bounds,
+            levels,
+            looks,
+            target_radius,
+            skip,
+            out,
+            restart,
+            progress,
+        )
+        try:
+            sys.exit(_certify(options, plot, json))
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+
     @app.command(
         help="Fine-tune a model of mlx-lm with differential privacy; options as of mlx_lm.lora.",
         add_help_option=False,
@@ -413,6 +499,33 @@ def _privacy_utility(options: "DemoOptions", epsilons: list[float], seeds: int, 
     except OSError as e:
         _fail(f"{e.filename} cannot be written: {e.strerror}", code=1)
     return INTERRUPTED if curve.interrupted else 0
+
+
+def _certify(options: "CertifyOptions", plot: Path | None, as_json: bool) -> int:
+    from .smoothing.command import RADII, run_certify
+
+    try:
+        found = run_certify(options)
+        if plot is not None and any(table.rows for table in found.tables.values()):
+            found.plot(plot, options.norm)
+    except ValueError as e:
+        _fail(str(e), code=2)
+    except OSError as e:
+        _fail(f"{e.filename} cannot be read or written: {e.strerror}", code=1)
+    if as_json:
+        print(found.to_json())
+        return INTERRUPTED if found.interrupted else 0
+    print(f"{'sigma':>8} {'inputs':>7} {'abstained':>10}   certified accuracy at {options.norm.upper()} radius")
+    print(" " * 29 + "".join(f"{r:>7.2f}" for r in RADII))
+    for sigma, table in found.tables.items():
+        if table.rows:
+            shares = "".join(f"{share:>7.3f}" for share in table.certified_accuracy(RADII))
+            print(f"{sigma:>8g} {len(table.rows):>7} {table.summary()['abstained']:>10.3f} {shares}")
+    for file in found.files.values():
+        print(f"table      {file}")
+    if plot is not None:
+        print(f"picture    {plot}")
+    return INTERRUPTED if found.interrupted else 0
 
 
 def _dp_lora(arguments: list[str]) -> int:

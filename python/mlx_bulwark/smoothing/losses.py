@@ -229,7 +229,8 @@ def consistency_loss(
     mean = mx.exp(log_mean)
     entropy = -(mean * log_mean).sum(-1).mean()
     divergence = (mean * (log_mean - each)).sum(-1).mean()
-    return -_mean_log_probability(logits, y) + weight * divergence + entropy_weight * entropy
+    loss: mx.array = -_mean_log_probability(logits, y) + weight * divergence + entropy_weight * entropy
+    return loss
 
 
 def denoising_loss(
