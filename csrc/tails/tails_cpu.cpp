@@ -2,6 +2,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <utility>
 
 #include "common/cpu.h"
 #include "common/isa.h"
@@ -13,13 +15,14 @@
 namespace bulwark {
 namespace {
 // How work is split depends on shapes alone, so that results do not depend on the number of threads.
-constexpr size_t GROUP = 16;           // columns that are taken out of rows at once: a line of float32
-constexpr size_t CHUNK_ROWS = 16384;   // rows for which a column's table is fetched into the cache
-constexpr size_t BLOCK_VALUES = 8192;  // of statistics: what stays in the first cache
-constexpr size_t MOST_BLOCK_ROWS = 128;
+constexpr size_t GROUP = 16;          // columns that are taken out of rows at once: a line of float32
+constexpr size_t CHUNK_ROWS = 16384;  // rows for which a column's table is fetched into the cache
+constexpr size_t BLOCK_ROWS = 512;    // of statistics, with one shift
 constexpr size_t TILE_COLUMNS = 128;
 constexpr size_t CHUNK_VALUES = 1 << 20;
-constexpr size_t FEW = 256;  // values that are sorted without counting
+constexpr size_t BIN_ROWS = 2048;  // for which histograms are looked up: a quarter of the second cache
+constexpr size_t FEW_BINS = 48;    // which are compared with one after the other
+constexpr size_t FEW = 256;        // values that are sorted without counting
 
 size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
@@ -90,9 +93,10 @@ void in_double(const float* x, size_t stride, size_t rows, Moments& m) {
 }
 
 struct Block {
-  float shift[TILE_COLUMNS], sum[TILE_COLUMNS], squares[TILE_COLUMNS], minimum[TILE_COLUMNS], maximum[TILE_COLUMNS];
+  float shift[TILE_COLUMNS], minimum[TILE_COLUMNS], maximum[TILE_COLUMNS];
+  double sum[TILE_COLUMNS], squares[TILE_COLUMNS];
   int32_t count[TILE_COLUMNS], nans[TILE_COLUMNS];
-  BlockStats stats() { return {shift, sum, squares, minimum, maximum, count, nans}; }
+  BlockStats stats() { return {shift, minimum, maximum, sum, squares, count, nans}; }
 };
 
 // Adds the values of `rows` rows and `cols` columns, `width` values apart, to their moments.
@@ -116,11 +120,10 @@ void add_block(const float* x, size_t width, size_t rows, size_t cols, Block& b,
 // Moments of rows [from, to) of a matrix of `width` columns that begins at x. Of few columns, several rows are one.
 void add_rows(const Rows& x, size_t width, size_t offset, size_t from, size_t to, size_t column, size_t cols,
               Moments* out) {
-  const size_t step = std::clamp<size_t>(BLOCK_VALUES / cols, 1, MOST_BLOCK_ROWS);
-  std::vector<float> wide(x.type ? step * cols : 0);
+  std::vector<float> wide(x.type ? std::min(BLOCK_ROWS, to - from) * cols : 0);
   Block b;
-  for (size_t r = from; r < to; r += step) {
-    const size_t rows = std::min(step, to - r);
+  for (size_t r = from; r < to; r += BLOCK_ROWS) {
+    const size_t rows = std::min(BLOCK_ROWS, to - r);
     const char* at = x.x + (offset + r * width + column) * x.item;
     if (x.type == 0) {
       add_block(reinterpret_cast<const float*>(at), width, rows, cols, b, out);
@@ -226,14 +229,14 @@ float skewness_of(const float* x, size_t n) {
 // Runs f(first row, rows, first column, columns, their values column by column) for all parts of x, and returns when
 // all are done. Parts are the same for any number of threads.
 template <class F>
-void for_parts(const Rows& x, F f) {
-  const size_t groups = ceil_div(x.d, GROUP), chunks = ceil_div(x.n, CHUNK_ROWS);
+void for_parts(const Rows& x, size_t most, F f) {
+  const size_t groups = ceil_div(x.d, GROUP), chunks = ceil_div(x.n, most);
   parallel_for(groups * chunks, [&](size_t unit) {
-    const size_t row = unit / groups * CHUNK_ROWS, column = unit % groups * GROUP;
-    const size_t rows = std::min(CHUNK_ROWS, x.n - row), count = std::min(GROUP, x.d - column);
-    std::vector<float> values(rows * count);
-    x.columns(row, rows, column, count, values.data(), rows);
-    f(row, rows, column, count, values.data());
+    const size_t row = unit / groups * most, column = unit % groups * GROUP;
+    const size_t rows = std::min(most, x.n - row), count = std::min(GROUP, x.d - column);
+    const auto values = std::make_unique_for_overwrite<float[]>(rows * count);
+    x.columns(row, rows, column, count, values.get(), rows);
+    f(row, rows, column, count, values.get());
   });
 }
 
@@ -268,7 +271,7 @@ struct Table {
 void scores(const Rows& x, const Table& table, Tails kind, float* out) {
   const size_t sums = kind == Tails::paper ? 3 : 1, groups = ceil_div(x.d, GROUP);
   std::vector<float> parts(sums * groups * x.n);
-  for_parts(x, [&](size_t row, size_t rows, size_t column, size_t count, const float* values) {
+  for_parts(x, CHUNK_ROWS, [&](size_t row, size_t rows, size_t column, size_t count, const float* values) {
     float* to[3];
     for (size_t k = 0; k < sums; k++) to[k] = &parts[(k * groups + column / GROUP) * x.n + row];
     for (size_t c = 0; c < count; c++) kernels().tails(table.column(column + c), kind, values + c * rows, rows, to);
@@ -283,7 +286,7 @@ void scores(const Rows& x, const Table& table, Tails kind, float* out) {
 }
 
 void sides(const Rows& x, const Table& table, float* left, float* right) {
-  for_parts(x, [&](size_t row, size_t rows, size_t column, size_t count, const float* values) {
+  for_parts(x, CHUNK_ROWS, [&](size_t row, size_t rows, size_t column, size_t count, const float* values) {
     std::vector<float> both(2 * rows);
     float* to[2] = {both.data(), both.data() + rows};
     for (size_t c = 0; c < count; c++) {
@@ -330,13 +333,18 @@ void count_bins(const Rows& x, const float* edges, size_t bins, int32_t* out) {
   std::memset(out, 0, x.d * bins * sizeof(int32_t));
   parallel_for(ceil_div(x.d, GROUP), [&](size_t group) {
     const size_t column = group * GROUP, count = std::min(GROUP, x.d - column);
-    std::vector<float> values(count * std::min(CHUNK_ROWS, x.n));
-    for (size_t row = 0; row < x.n; row += CHUNK_ROWS) {
-      const size_t rows = std::min(CHUNK_ROWS, x.n - row);
+    std::vector<float> values(count * std::min(BIN_ROWS, x.n));
+    for (size_t row = 0; row < x.n; row += BIN_ROWS) {
+      const size_t rows = std::min(BIN_ROWS, x.n - row);
       x.columns(row, rows, column, count, values.data(), rows);
       for (size_t c = 0; c < count; c++) {
-        const Bins b(edges + (column + c) * (bins + 1), bins);
+        const float* edge = edges + (column + c) * (bins + 1);
         int32_t* counts = out + (column + c) * bins;
+        if (bins <= FEW_BINS) {
+          kernels().count_bins(edge, bins, &values[c * rows], rows, counts);
+          continue;
+        }
+        const Bins b(edge, bins);
         for (size_t r = 0; r < rows; r++) {
           const float v = values[c * rows + r];
           if (v >= b.low && v <= b.edges[bins]) counts[b.left_closed(v)]++;
@@ -350,20 +358,26 @@ void histogram(const Rows& x, const float* edges, const float* scores, const flo
                float* out) {
   const size_t groups = ceil_div(x.d, GROUP);
   std::vector<float> parts(per_column ? 0 : groups * x.n);
-  for_parts(x, [&](size_t row, size_t rows, size_t column, size_t count, const float* values) {
+  for_parts(x, BIN_ROWS, [&](size_t row, size_t rows, size_t column, size_t count, const float* values) {
+    const auto found = std::make_unique_for_overwrite<float[]>(rows);
     for (size_t c = 0; c < count; c++) {
       const size_t at = column + c;
       const Bins b(edges + at * (bins + 1), bins);
       const float *score = scores + at * bins, worst = *std::max_element(score, score + bins), far = reach[at];
-      const float high = b.edges[bins];
-      for (size_t r = 0; r < rows; r++) {
-        const float v = values[c * rows + r];
-        float s = std::isnan(v) ? v : score[b.right_closed(v)];
-        if (b.low - v > far || v - high > far) s = worst;
-        if (per_column)
-          out[(row + r) * x.d + at] = s;
-        else
-          parts[column / GROUP * x.n + row + r] += s;
+      const float *v = values + c * rows, high = b.edges[bins];
+      if (bins <= FEW_BINS) {
+        kernels().score_bins(b.edges, score, bins, far, worst, v, rows, found.get());
+      } else {
+        for (size_t r = 0; r < rows; r++) {
+          found[r] = std::isnan(v[r]) ? v[r] : score[b.right_closed(v[r])];
+          if (b.low - v[r] > far || v[r] - high > far) found[r] = worst;
+        }
+      }
+      if (per_column) {
+        for (size_t r = 0; r < rows; r++) out[(row + r) * x.d + at] = found[r];
+      } else {
+        float* sum = &parts[column / GROUP * x.n + row];
+        for (size_t r = 0; r < rows; r++) sum[r] += found[r];
       }
     }
   });

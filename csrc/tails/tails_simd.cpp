@@ -94,51 +94,146 @@ static void columns(const void* from, size_t stride, size_t rows, size_t cols, f
   }
 }
 
-// ---- Statistics of a block: its mean first, then differences from it, while it is in the first cache.
+// ---- Statistics of a block
 
-template <class V, class I>
-static void stats_of(const float* x, size_t stride, size_t rows, const BlockStats& out, size_t at) {
-  const V zero = {}, most = zero + INF;
-  const float share = 1 / float(rows);
-  V shift = zero, low = most, high = -most;
-  I count = {}, nans = {};
-  for (size_t r = 0; r < rows; r++) {
-    V v;
-    memcpy(&v, x + r * stride, sizeof v);
-    I magnitude = (I)v & 0x7fffffff, finite = magnitude < 0x7f800000;
-    count -= finite;
-    nans -= magnitude > 0x7f800000;
-    shift += (V)(finite & (I)v) * share;  // of values near the largest float, a sum would overflow
-    low = ((v < low) & finite) ? v : low;
-    high = ((v > high) & finite) ? v : high;
-  }
-  V counted = __builtin_convertvector(count, V);
-  V any = (V)((count > 0) & (I)(float(rows) / counted));
-  shift *= any;
-  V sum = zero, squares = zero;
-  for (size_t r = 0; r < rows; r++) {
-    V v;
-    memcpy(&v, x + r * stride, sizeof v);
-    I finite = ((I)v & 0x7fffffff) < 0x7f800000;
-    V d = (V)(finite & (I)(v - shift));
-    sum += d;
-    squares += d * d;
-  }
-  memcpy(out.shift + at, &shift, sizeof shift);
-  memcpy(out.sum + at, &sum, sizeof sum);
-  memcpy(out.squares + at, &squares, sizeof squares);
-  memcpy(out.minimum + at, &low, sizeof low);
-  memcpy(out.maximum + at, &high, sizeof high);
-  memcpy(out.count + at, &count, sizeof count);
-  memcpy(out.nans + at, &nans, sizeof nans);
-}
+#if defined(__AVX512F__)
+typedef float Wide __attribute__((vector_size(64)));
+typedef int32_t WideInts __attribute__((vector_size(64)));
+static Wide least(Wide a, Wide b) { return (Wide)_mm512_min_ps((__m512)a, (__m512)b); }
+static Wide most(Wide a, Wide b) { return (Wide)_mm512_max_ps((__m512)a, (__m512)b); }
+#else
+typedef Vec Wide;
+typedef Ints WideInts;
+  #if defined(__AVX2__)
+static Wide least(Wide a, Wide b) { return (Wide)_mm256_min_ps((__m256)a, (__m256)b); }
+static Wide most(Wide a, Wide b) { return (Wide)_mm256_max_ps((__m256)a, (__m256)b); }
+  #else
+static Wide least(Wide a, Wide b) { return choose(a < b, a, b); }
+static Wide most(Wide a, Wide b) { return choose(a > b, a, b); }
+  #endif
+#endif
 typedef float One __attribute__((vector_size(4)));
 typedef int32_t OneInt __attribute__((vector_size(4)));
+static One least(One a, One b) { return a[0] < b[0] ? a : b; }
+static One most(One a, One b) { return a[0] > b[0] ? a : b; }
+
+constexpr size_t RUN = 32;  // values that a lane adds in float32
+
+// K vectors side by side, whose chains of sums overlap. Says whether all values are finite; where they are not and no
+// holes are expected, what it stores is not right.
+template <class V, class I, size_t K, bool HOLES>
+static bool stats_of(const float* x, size_t stride, size_t rows, const BlockStats& out, size_t at) {
+  constexpr size_t EACH = sizeof(V) / sizeof(float);
+  const V inf = V{} + INF;
+  V shift[K] = {}, low[K], high[K];
+  I count[K] = {}, nans[K] = {};
+  const size_t first = HOLES || rows < RUN ? rows : RUN;
+  const float share = 1 / float(first);
+  auto finite = [](V v) { return ((I)v & 0x7fffffff) < 0x7f800000; };
+  for (size_t k = 0; k < K; k++) low[k] = inf, high[k] = -inf;
+  for (size_t r = 0; r < first; r++)
+    for (size_t k = 0; k < K; k++) {
+      V v = load<V>(x + r * stride + k * EACH);
+      if (HOLES) v = (V)(finite(v) & (I)v), count[k] -= finite(load<V>(x + r * stride + k * EACH));
+      shift[k] += v * share;  // of values near the largest float, a sum would overflow
+    }
+  for (size_t k = 0; k < K; k++) {
+    if (HOLES) shift[k] *= (V)((count[k] > 0) & (I)(float(first) / __builtin_convertvector(count[k], V)));
+    count[k] = I{};
+    memcpy(out.shift + at + k * EACH, &shift[k], sizeof(V));
+  }
+  for (size_t c = 0; c < K * EACH; c++) out.sum[at + c] = out.squares[at + c] = 0;
+  for (size_t r = 0; r < rows;) {
+    const size_t end = r + RUN < rows ? r + RUN : rows;
+    V sum[K] = {}, squares[K] = {};
+    for (; r < end; r++)
+      for (size_t k = 0; k < K; k++) {
+        V v = load<V>(x + r * stride + k * EACH), d = v - shift[k];
+        if (HOLES) {
+          const I good = finite(v);
+          count[k] -= good;
+          nans[k] -= ((I)v & 0x7fffffff) > 0x7f800000;
+          d = (V)(good & (I)d);
+          low[k] = least(low[k], (V)((good & (I)v) | (~good & (I)inf)));
+          high[k] = most(high[k], (V)((good & (I)v) | (~good & (I)-inf)));
+        } else {
+          low[k] = least(low[k], v);
+          high[k] = most(high[k], v);
+        }
+        sum[k] += d;
+        squares[k] += d * d;
+      }
+    for (size_t k = 0; k < K; k++)
+      for (size_t c = 0; c < EACH; c++) {
+        out.sum[at + k * EACH + c] += sum[k][c];
+        out.squares[at + k * EACH + c] += squares[k][c];
+      }
+  }
+  bool all = true;
+  for (size_t k = 0; k < K; k++) {
+    memcpy(out.minimum + at + k * EACH, &low[k], sizeof(V));
+    memcpy(out.maximum + at + k * EACH, &high[k], sizeof(V));
+    if (!HOLES) count[k] = I{} + int32_t(rows);
+    memcpy(out.count + at + k * EACH, &count[k], sizeof(V));
+    memcpy(out.nans + at + k * EACH, &nans[k], sizeof(V));
+    for (size_t c = 0; c < EACH; c++) all &= out.squares[at + k * EACH + c] < double(INF);
+  }
+  return all;
+}
+
+template <class V, class I, size_t K>
+static size_t stats_from(size_t c, const float* x, size_t stride, size_t rows, size_t cols, const BlockStats& out) {
+  constexpr size_t STEP = K * sizeof(V) / sizeof(float);
+  for (; c + STEP <= cols; c += STEP)
+    if (!stats_of<V, I, K, false>(x + c, stride, rows, out, c)) stats_of<V, I, K, true>(x + c, stride, rows, out, c);
+  return c;
+}
 
 static void block_stats(const float* x, size_t stride, size_t rows, size_t cols, const BlockStats& out) {
-  size_t c = 0;
-  for (; c + LANES <= cols; c += LANES) stats_of<Vec, Ints>(x + c, stride, rows, out, c);
-  for (; c < cols; c++) stats_of<One, OneInt>(x + c, stride, rows, out, c);
+  size_t c = stats_from<Wide, WideInts, 4>(0, x, stride, rows, cols, out);
+  c = stats_from<Wide, WideInts, 1>(c, x, stride, rows, cols, out);
+  stats_from<One, OneInt, 1>(c, x, stride, rows, cols, out);
+}
+
+// ---- Histograms
+
+static void count_bins(const float* edges, size_t bins, const float* x, size_t n, int32_t* counts) {
+  int32_t before = 0;
+  for (size_t k = 0; k <= bins; k++) {  // from the last edge to the first, each counts what stands at or above it
+    const size_t at = bins - k;
+    const float edge = edges[at];
+    Ints from = {};
+    size_t i = 0;
+    if (k == 0) {
+      for (; i + LANES <= n; i += LANES) from -= load<Vec>(x + i) > edge;
+    } else {
+      for (; i + LANES <= n; i += LANES) from -= load<Vec>(x + i) >= edge;
+    }
+    int32_t found = 0;
+    for (size_t c = 0; c < LANES; c++) found += from[c];
+    for (; i < n; i++) found += k == 0 ? x[i] > edge : x[i] >= edge;
+    if (k > 0) counts[at] += found - before;
+    before = found;
+  }
+}
+
+template <class V>
+static V bin_scores(const float* edges, const float* scores, size_t bins, float reach, float worst, V x) {
+  V s = V{} + scores[0];
+  for (size_t k = 1; k < bins; k++) s = x > edges[k] ? V{} + scores[k] : s;
+  s = edges[0] - x > reach ? V{} + worst : s;
+  s = x - edges[bins] > reach ? V{} + worst : s;
+  return x == x ? s : x;
+}
+
+static void score_bins(const float* edges, const float* scores, size_t bins, float reach, float worst, const float* x,
+                       size_t n, float* out) {
+  size_t i = 0;
+  for (; i + LANES <= n; i += LANES) store(out + i, bin_scores(edges, scores, bins, reach, worst, load<Vec>(x + i)));
+  for (; i < n; i++) {
+    One one = {x[i]};
+    out[i] = bin_scores(edges, scores, bins, reach, worst, one)[0];
+  }
 }
 
 // ---- Tails
@@ -319,6 +414,8 @@ const TailsKernels tails_kernels{{columns<F32>, columns<F16>, columns<BF16>},
                                  {widen<F32>, widen<F16>, widen<BF16>},
                                  block_stats,
                                  tails,
+                                 count_bins,
+                                 score_bins,
                                  substitute,
                                  zscore};
 }  // namespace bulwark::BULWARK_ISA

@@ -5,7 +5,8 @@
 namespace bulwark {
 // Statistics of a block of rows, an array of each; sums are over the finite values.
 struct BlockStats {
-  float *shift, *sum, *squares, *minimum, *maximum;  // sums of x - shift, and of their squares
+  float *shift, *minimum, *maximum;
+  double *sum, *squares;  // of x - shift
   int32_t *count, *nans;
 };
 
@@ -26,11 +27,16 @@ struct TailsKernels {
   void (*columns[3])(const void* x, size_t stride, size_t rows, size_t cols, float* y, size_t apart);
   // y[i] = x[i]
   void (*widen[3])(const void* x, float* y, size_t n);
-  // rows is 256 at most
+  // The shift is the mean of the first rows, so rows should be few hundred.
   void (*block_stats)(const float* x, size_t stride, size_t rows, size_t cols, const BlockStats& out);
   // Adds a column's part of n scores to out[0]; the sums of left, right and chosen tails to out[0 .. 2] for the
   // paper's; sides are not added but stored, left in out[0] and right in out[1].
   void (*tails)(const Column& column, Tails kind, const float* x, size_t n, float* const* out);
+  // Bins of a column by comparing with every edge, for few bins. counts[k] += values from edges[k] up to edges[k + 1]
+  void (*count_bins)(const float* edges, size_t bins, const float* x, size_t n, int32_t* counts);
+  // out[i] = the score of the bin that holds x[i]; `worst` where x[i] is farther outside than `reach`
+  void (*score_bins)(const float* edges, const float* scores, size_t bins, float reach, float worst, const float* x,
+                     size_t n, float* out);
   // scratch [d, 64] holds the columns of 64 rows; out[r] = |lower^-1 (scratch[:, r] - mean)|^2
   void (*substitute)(const float* lower, const float* mean, size_t d, float* scratch, float* out);
   // y = (x - center) / scale, 0 where both are 0
