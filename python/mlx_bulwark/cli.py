@@ -64,10 +64,10 @@ used, 130 interrupted."""
 
 CERTIFY_HELP = """Certify a classifier by randomized smoothing: a radius around each input that no attack can use.
 
-MODEL is module:function, a function without arguments that returns a mlx.nn.Module; the folder of the command is \
+MODEL is module:function, a function without arguments that returns a mlx.nn.Module; the current folder is \
 searched too. DATA is an .npz file with the arrays x and y (or x_test and y_test, images and labels, data and labels), \
-inputs in the unit of sigma. For each sigma a table index,label,predict,radius,correct,time is written into OUT, line by \
-line; the same command goes on where it was interrupted, with fresh noise. An abstention is predict -1.
+inputs in the unit of sigma. For each sigma a table index,label,predict,radius,correct,time is written into OUT, line \
+by line; the same command goes on where it was interrupted, with fresh noise. An abstention is predict -1.
 
 Exit codes: 0 done, 1 a package is missing or a file cannot be written, 2 an option or the data cannot be used, 130 \
 interrupted."""

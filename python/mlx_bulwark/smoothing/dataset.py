@@ -148,7 +148,7 @@ def _certified(
             now = time.perf_counter()
             label = int(labels[i])
             right = certificate.prediction == label
-            rows.append(Row(i, label, certificate.prediction, certificate.radius, right, now - began))
+            rows.append(Row(i, label, certificate.prediction, certificate.radius, right, round(now - began, 6)))
             began = now
             if stream is not None:
                 stream.write(rows[-1].line())
