@@ -113,7 +113,7 @@ NB_MODULE(_ext, m) {
   m.def("embedding_linear_products", &embedding_linear_products, "tokens"_a, "dy"_a, "x"_a, "dy_linear"_a, "segments"_a,
         "units"_a, "stream"_a = nb::none());
 
-  m.def("knn", &knn, "arrays"_a, "k"_a, "metric"_a, "stream"_a = nb::none());
+  m.def("knn", &knn, "arrays"_a, "prepared"_a, "k"_a, "metric"_a, "stream"_a = nb::none());
 
   m.def("noisy_copies", &noisy_copies, "x"_a, "n"_a, "sigma"_a, "key"_a, "counter"_a, "uniform"_a, "bounds"_a,
         "levels"_a, "stream"_a = nb::none());

@@ -1,2 +1,285 @@
 #include <metal_stdlib>
+#include <metal_simdgroup_matrix>
 using namespace metal;
+
+constant bool excludes [[function_constant(0)]];
+constant bool by_product [[function_constant(1)]];   // the metric: the inner product,
+constant bool by_cosine [[function_constant(2)]];    // the cosine distance,
+constant bool by_root [[function_constant(3)]];      // the Euclidean distance, or else its square
+
+constant uint THREADS = 128u;  // four simdgroups
+constant uint TILE = 64u;      // rows of x, and of y
+constant uint DEPTH = 32u;     // columns that a product takes at once
+constant uint STEP = DEPTH / 4u + 1u;
+constant uint ROWS = TILE / 4u;          // of a simdgroup
+constant uint SORTED = 2048u;            // neighbours that are sorted at once
+constant float FAR = 3.0e38f;            // keys are below, those of nobody above
+constant uint NOBODY = 0xffffffffu;
+
+struct Sizes {
+  uint n, m, d, k;
+  uint kept;      // candidates of a row that are chosen from
+  uint room;      // of a list
+  uint segments;  // parts of y, each with a list a row
+  uint columns;   // rows of y a part
+};
+
+#include "matrix.metal"
+
+// Floats as integers of the same order.
+inline uint sortable(float x) {
+  uint bits = as_type<uint>(x);
+  return bits ^ ((bits >> 31) != 0u ? 0xffffffffu : 0x80000000u);
+}
+inline float unsorted(uint bits) { return as_type<float>(bits ^ ((bits >> 31) != 0u ? 0x80000000u : 0xffffffffu)); }
+
+inline float4 quad(device const float* x) { return float4(*(device const packed_float4*)x); }
+
+// Columns [column, column + DEPTH) of the rows [first, first + TILE) of x, zeros where there are none.
+inline void load_tile(
+    threadgroup float4* to, device const float* x, uint first, uint rows, uint width, uint column, uint t) {
+  for (uint i = t; i < TILE * (DEPTH / 4u); i += THREADS) {
+    uint r = first + i / (DEPTH / 4u), c = column + i % (DEPTH / 4u) * 4u;
+    float4 v = float4(0.0f);
+    if (r < rows) {
+      device const float* from = x + ulong(r) * width;
+      if (c + 4u <= width)
+        v = quad(from + c);
+      else
+        for (uint e = 0u; c + e < width; e++) v[e] = from[c + e];
+    }
+    to[i / (DEPTH / 4u) * STEP + i % (DEPTH / 4u)] = v;
+  }
+}
+
+// The `kept` smallest of a list stay, in their order; the largest of them is returned. A simdgroup works alone.
+inline float shrink(device float* low, device uint* index, uint size, uint kept, uint lane) {
+  simdgroup_barrier(mem_flags::mem_device);
+  uint last = 0u;  // the `kept`-th smallest, bit by bit
+  for (uint bit = 0x80000000u; bit != 0u; bit >>= 1) {
+    uint count = 0u;
+    for (uint i = lane; i < size; i += 32u) count += sortable(low[i]) < (last | bit) ? 1u : 0u;
+    if (simd_sum(count) < kept) last |= bit;
+  }
+  uint below = 0u;
+  for (uint i = lane; i < size; i += 32u) below += sortable(low[i]) < last ? 1u : 0u;
+  uint equal = kept - simd_sum(below), to = 0u;  // so many of the equal ones stay
+  for (uint at = 0u; at < size; at += 32u) {
+    bool exists = at + lane < size;
+    float value = exists ? low[at + lane] : FAR;
+    uint which = exists ? index[at + lane] : 0u, key = sortable(value);
+    uint ties = exists && key == last ? 1u : 0u, ties_before = simd_prefix_exclusive_sum(ties);
+    bool stays = exists && (key < last || (ties != 0u && ties_before < equal));
+    uint before = simd_prefix_exclusive_sum(stays ? 1u : 0u);
+    simdgroup_barrier(mem_flags::mem_device);
+    if (stays) {
+      low[to + before] = value;
+      index[to + before] = which;
+    }
+    to += simd_sum(stays ? 1u : 0u);
+    equal -= min(equal, simd_sum(ties));
+  }
+  return unsorted(last);
+}
+
+// A threadgroup takes 64 rows of x and a part of y. Each row's list gets the rows of y whose keys may be the smallest: a
+// key is half the squared distance less what is the same for the whole row of x, or the product negated, less the most
+// that its rounding can be. All that is not in the list has a key of at least bound[list].
+[[kernel]] [[max_total_threads_per_threadgroup(128)]] void find_candidates(
+    device const float* x [[buffer(0)]], device const float* y [[buffer(1)]],
+    device const float* x_error [[buffer(2)]], device const float* y_length [[buffer(3)]],
+    device const float* y_low [[buffer(4)]], device const int* exclude [[buffer(5)]], device float* low [[buffer(6)]],
+    device uint* index [[buffer(7)]], device uint* filled [[buffer(8)]], device float* bound [[buffer(9)]],
+    constant Sizes& sizes [[buffer(10)]], uint group [[threadgroup_position_in_grid]],
+    uint t [[thread_index_in_threadgroup]], uint lane [[thread_index_in_simdgroup]],
+    uint sg [[simdgroup_index_in_threadgroup]]) {
+  threadgroup float4 held[2u * TILE * STEP];  // rows of x and of y, then their products
+  threadgroup float* products = (threadgroup float*)held;
+  uint first = group / sizes.segments * TILE, segment = group % sizes.segments;
+  uint begin = segment * sizes.columns, end = min(sizes.m, begin + sizes.columns);
+  uint size[ROWS];
+  float most[ROWS];
+  for (uint r = 0u; r < ROWS; r++) {
+    size[r] = 0u;
+    most[r] = FAR;
+  }
+  uint row = sg / 2u * 32u, column = sg % 2u * 32u;
+  for (uint j = begin; j < end; j += TILE) {
+    Block<4> c;
+    clear(c);
+    for (uint k = 0u; k < sizes.d; k += DEPTH) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      load_tile(held, x, first, sizes.n, sizes.d, k, t);
+      load_tile(held + TILE * STEP, y, j, end, sizes.d, k, t);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      threadgroup const float* left = (threadgroup const float*)held + row * (4u * STEP);
+      threadgroup const float* right = (threadgroup const float*)held + (TILE + column) * (4u * STEP);
+      if (first + row < sizes.n && j + column < end)
+        multiply(c, left, 4u * STEP, 1u, right, 1u, 4u * STEP, min(DEPTH, sizes.d - k), lane);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint m = 0u; m < 4u; m++)
+      for (uint n = 0u; n < 4u; n++) {
+        uint at = (row + 8u * m + row_in_matrix(lane)) * (TILE + 1u) + column + 8u * n + column_in_matrix(lane);
+        products[at] = elements(c.part[m][n]).x;
+        products[at + 1u] = elements(c.part[m][n]).y;
+      }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint r = 0u; r < ROWS; r++) {
+      uint i = first + sg * ROWS + r;
+      if (i >= sizes.n) break;
+      ulong list = (ulong(i) * sizes.segments + segment) * sizes.room;
+      for (uint part = 0u; part < TILE; part += 32u) {
+        uint other = j + part + lane;
+        float key = FAR;
+        if (other < end && !(excludes && exclude[i] == int(other)))
+          key = y_low[other] - products[(sg * ROWS + r) * (TILE + 1u) + part + lane] - x_error[i] * y_length[other];
+        uint joins = key < most[r] ? 1u : 0u;
+        if (size[r] + simd_sum(joins) > sizes.room) {
+          most[r] = shrink(low + list, index + list, size[r], sizes.kept, lane);
+          size[r] = sizes.kept;
+          joins = key < most[r] ? 1u : 0u;
+        }
+        uint to = size[r] + simd_prefix_exclusive_sum(joins);
+        if (joins != 0u) {
+          low[list + to] = key;
+          index[list + to] = other;
+        }
+        size[r] += simd_sum(joins);
+      }
+    }
+  }
+  for (uint r = 0u; r < ROWS; r++) {
+    uint i = first + sg * ROWS + r;
+    if (i >= sizes.n) break;
+    ulong list = ulong(i) * sizes.segments + segment;
+    if (size[r] > sizes.kept) {
+      most[r] = shrink(low + list * sizes.room, index + list * sizes.room, size[r], sizes.kept, lane);
+      size[r] = sizes.kept;
+    }
+    if (lane == 0u) {
+      filled[list] = size[r];
+      bound[list] = most[r];
+    }
+  }
+}
+
+// What is returned of two rows, computed by a simdgroup; smaller is nearer.
+inline float distance(device const float* x, device const float* y, uint d, float unit, uint lane) {
+  float sum = 0.0f, x_squares = 0.0f, y_squares = 0.0f;
+  for (uint c = lane; c < d; c += 32u) {
+    float a = x[c], b = y[c], difference = a - b;
+    sum = by_product ? fma(a, b, sum) : fma(difference, difference, sum);
+    if (by_cosine) {
+      x_squares = fma(a, a, x_squares);
+      y_squares = fma(b, b, y_squares);
+    }
+  }
+  sum = simd_sum(sum);
+  if (by_product) return 0.0f - sum * unit * unit;
+  if (by_cosine) {
+    float zeros = (simd_sum(x_squares) == 0.0f ? 1.0f : 0.0f) + (simd_sum(y_squares) == 0.0f ? 1.0f : 0.0f);
+    return 0.5f * (sum + zeros);
+  }
+  return by_root ? sqrt(sum) * unit : sum * unit * unit;
+}
+
+// Whether no row whose key is `bound` or more can be as near as `value`: `constant_part` of a row of x is what keys lack.
+inline bool is_beyond(float bound, float value, float constant_part, float unit, float rounding) {
+  if (bound >= FAR) return true;
+  if ((as_type<uint>(value) & 0x7f800000u) == 0x7f800000u) return false;
+  float half_square = value, lost = 1.2e-38f / unit;  // what vanishes in a distance that is returned
+  if (by_root) {
+    half_square = value / unit + lost;
+    half_square *= 0.5f * half_square;
+  } else if (!by_cosine) {
+    half_square = by_product ? value / unit / unit : 0.5f * (value / unit / unit);
+    half_square += min(lost / unit, FAR);
+  }
+  float slack = 2.0e-6f * fabs(half_square) + rounding * fabs(constant_part) + 1.0e-30f;
+  return half_square - constant_part + slack < bound;
+}
+
+// The smallest in front, equal ones by their index. `count` is a power of two.
+inline void sort(threadgroup uint* key, threadgroup uint* index, uint count, uint t) {
+  for (uint size = 2u; size <= count; size *= 2u)
+    for (uint stride = size / 2u; stride > 0u; stride /= 2u) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      for (uint p = t; p < count / 2u; p += THREADS) {
+        uint a = 2u * p - (p & (stride - 1u)), b = a + stride;
+        uint a_key = key[a], b_key = key[b], a_index = index[a], b_index = index[b];
+        bool swaps = a_key > b_key || (a_key == b_key && a_index > b_index);
+        if (swaps == ((a & size) == 0u)) {
+          key[a] = b_key;
+          key[b] = a_key;
+          index[a] = b_index;
+          index[b] = a_index;
+        }
+      }
+    }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}
+
+// A threadgroup takes a row of x: its candidates' distances, in subtracted form; where those may not hold all of the
+// nearest, because more are equally near than the rounding of a product can tell, the distances of all rows of y.
+[[kernel]] [[max_total_threads_per_threadgroup(128)]] void choose_nearest(
+    device const float* x [[buffer(0)]], device const float* y [[buffer(1)]],
+    device const float* x_constant [[buffer(2)]], device const float* y_low [[buffer(3)]],
+    device const int* exclude [[buffer(4)]], device const uint* candidates [[buffer(5)]],
+    device const uint* filled [[buffer(6)]], device const float* bound [[buffer(7)]],
+    device const float* unit [[buffer(8)]], device float* distances [[buffer(9)]], device int* indices [[buffer(10)]],
+    constant Sizes& sizes [[buffer(11)]], constant float& rounding [[buffer(12)]],
+    uint i [[threadgroup_position_in_grid]], uint t [[thread_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]], uint sg [[simdgroup_index_in_threadgroup]]) {
+  threadgroup uint key[SORTED];
+  threadgroup uint index[SORTED];
+  bool works = x_constant[i] < FAR;  // or the row is not finite
+  uint total = 0u, have = 0u;
+  float least = FAR;
+  for (uint s = 0u; works && s < sizes.segments; s++) {
+    total += filled[ulong(i) * sizes.segments + s];
+    least = min(least, bound[ulong(i) * sizes.segments + s]);
+  }
+  bool all = false;
+  for (uint at = 0u; at < total;) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    uint taken = min(SORTED - have, total - at), count = 2u;
+    while (count < have + taken) count *= 2u;
+    for (uint e = sg; e < taken; e += THREADS / 32u) {
+      uint j = at + e;
+      if (!all) {
+        ulong list = ulong(i) * sizes.segments;
+        for (; j >= filled[list]; list++) j -= filled[list];
+        j = candidates[list * sizes.room + j];
+      }
+      bool counts = !all || (y_low[j] < FAR && !(excludes && exclude[i] == int(j)));
+      uint value = NOBODY;
+      if (counts) value = sortable(distance(x + ulong(i) * sizes.d, y + ulong(j) * sizes.d, sizes.d, unit[0], lane));
+      if (lane == 0u) {
+        key[have + e] = value;
+        index[have + e] = counts ? j : NOBODY;
+      }
+    }
+    for (uint e = have + taken + t; e < count; e += THREADS) {
+      key[e] = NOBODY;
+      index[e] = NOBODY;
+    }
+    sort(key, index, count, t);
+    at += taken;
+    have = min(sizes.k, have + taken);
+    if (!all && least < FAR) {
+      all = !is_beyond(least, unsorted(key[sizes.k - 1u]), x_constant[i], unit[0], rounding);
+      if (all) {
+        at = 0u;
+        have = 0u;
+        total = sizes.m;
+      }
+    }
+  }
+  for (uint e = t; e < sizes.k; e += THREADS) {
+    bool is = e < have && index[e] != NOBODY;
+    float value = is ? unsorted(key[e]) : as_type<float>(0x7fc00000u);
+    distances[ulong(i) * sizes.k + e] = by_product && is ? 0.0f - value : value;
+    indices[ulong(i) * sizes.k + e] = is ? int(index[e]) : -1;
+  }
+}

@@ -442,25 +442,26 @@ static void run(const Problem& p) {
 
 static constexpr const char* METRICS[] = {"euclidean", "sqeuclidean", "cosine", "inner_product"};
 
-Arrays knn(const Arrays& in, int k, const std::string& metric, mx::StreamOrDevice sd) {
+Arrays knn(const Arrays& in, const Arrays& prepared, int k, const std::string& metric, mx::StreamOrDevice sd) {
   auto s = mx::to_stream(sd);
   const auto found = std::find(std::begin(METRICS), std::end(METRICS), metric);
   if (found == std::end(METRICS)) throw std::invalid_argument("[knn] metric is not known: " + metric);
   Arrays arrays = in;
   if (in.size() > 1 && in[0].dtype() != in[1].dtype())
     for (int i : {0, 1}) arrays[i] = mx::astype(arrays[i], mx::float32, s);
-  auto op = std::make_shared<Knn>(s, k, Metric(found - std::begin(METRICS)));
+  auto op = std::make_shared<Knn>(s, int(in.size()), k, Metric(found - std::begin(METRICS)));
+  arrays.insert(arrays.end(), prepared.begin(), prepared.end());
   auto inputs = contiguous(arrays, s);
   return mx::array::make_arrays(op->output_shapes(inputs), {mx::float32, mx::int32}, op, inputs);
 }
 
 void Knn::cpu(const Arrays& in, Arrays& out) {
   allocate(out);
-  auto &x = in[0], &y = in[in.size() > 1 ? 1 : 0];
+  auto &x = in[0], &y = in[inputs_ > 1 ? 1 : 0];
   auto data = [](const mx::array& a) { return a.size() ? a.data<char>() : nullptr; };
   Problem p{data(x),
             data(y),
-            in.size() > 2 && in[2].size() ? in[2].data<int32_t>() : nullptr,
+            inputs_ > 2 && in[2].size() ? in[2].data<int32_t>() : nullptr,
             x.dtype() == mx::float32   ? 0
             : x.dtype() == mx::float16 ? 1
                                        : 2,
@@ -470,15 +471,15 @@ void Knn::cpu(const Arrays& in, Arrays& out) {
             size_t(x.shape(1)),
             size_t(k_),
             metric_,
-            in.size() == 1,
+            inputs_ == 1,
             x.shape(0) ? out[0].data<float>() : nullptr,
             x.shape(0) ? out[1].data<int32_t>() : nullptr};
   mx::cpu::get_command_encoder(stream()).dispatch([p] { run(p); });
 }
 
 Arrays Knn::reference(const Arrays& in) {
-  const std::string name =
-      std::string("knn{\"k\": ") + std::to_string(k_) + ", \"metric\": \"" + METRICS[int(metric_)] + "\"}";
+  std::string name = "knn{\"inputs\": " + std::to_string(inputs_) + ", \"k\": " + std::to_string(k_);
+  name += std::string(", \"metric\": \"") + METRICS[int(metric_)] + "\"}";
   return call_reference(name.c_str(), in, stream());
 }
 }  // namespace bulwark

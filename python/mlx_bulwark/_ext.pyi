@@ -95,7 +95,9 @@ def embedding_linear_products(
     units: int,
     stream: Any = None,
 ) -> mx.array: ...
-def knn(arrays: list[mx.array], k: int, metric: str, stream: Any = None) -> list[mx.array]: ...
+def knn(
+    arrays: list[mx.array], prepared: list[mx.array], k: int, metric: str, stream: Any = None
+) -> list[mx.array]: ...
 def noisy_copies(
     x: mx.array,
     n: int,

@@ -75,7 +75,19 @@ def smooth():
     yield bw.count_votes(rand((5, 4099), mx.bfloat16), mx.zeros(4100, mx.int32))
 
 
-FAMILIES = {"noise": noise, "clip": clip, "ghost": ghost, "smooth": smooth}
+def neighbors():
+    """Rows of y in two parts, lists that overflow, every metric; rows too near each other for products to tell."""
+    x, y = rand((70, 36)), rand((270, 36), seed=1)
+    yield from bw.knn(x, y, 3)
+    yield from bw.knn(x[:5], y[:90], 2, "sqeuclidean", exclude=mx.arange(5))
+    yield from bw.knn(x[:3], y[:70], 2, "inner_product")
+    yield from bw.knn(x[:20].astype(mx.float16), None, 2, "cosine")
+    sides = 10.0 * mx.where(mx.arange(96) % 2 == 0, 1.0, -1.0)
+    near = mx.concatenate([y[:48, :2]] * 2)
+    yield from bw.knn(sides[:8, None] + 1e-4 * x[:8, :2], sides[:, None] + 1e-4 * near, 2)
+
+
+FAMILIES = {"noise": noise, "clip": clip, "ghost": ghost, "smooth": smooth, "neighbors": neighbors}
 
 
 def results(*families):
@@ -190,6 +202,11 @@ PLANTED = {
     "tiles counted once": ("ghost", "row == column ? 1.0f : 2.0f", "row == column ? 1.0f : 1.0f", None),
     "rows of others": ("ghost", "if (r >= rows) return NOWHERE;", "", "out-of-bounds"),
     "mask forgotten": ("ghost", "masked && mask[row] == 0u", "false", None),
+    "ties by the higher index": ("neighbors", "a_index > b_index", "a_index < b_index", None),
+    "exclusion forgotten": ("neighbors", "excludes && exclude[i] == int(other)", "false", None),
+    "never looks beyond": ("neighbors", "all = !is_beyond(", "all = false && !is_beyond(", None),
+    "a candidate too few": ("neighbors", "filled[list] = size[r]", "filled[list] = max(1u, size[r]) - 1u", None),
+    "a list overflows": ("neighbors", "> sizes.room)", "> 4u * sizes.room)", None),
     "noise of the next tile": ("smooth", "tile * 32u + lane, z", "tile * 32u + 32u + lane, z", None),
     "a last tile forgotten": ("smooth", "length / NORMALS_PER_TILE + 2u", "length / NORMALS_PER_TILE", None),
     "a neighbour's values written": ("smooth", "if (at >= from && at < to)", "if (at < to)", None),

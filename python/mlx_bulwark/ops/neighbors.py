@@ -22,6 +22,7 @@ MOST_NEIGHBORS = 1024
 
 _TILE = 1 << 22  # differences that the reference has in memory at once
 _CHUNK_BYTES = 64 << 20  # of a NumPy array that is streamed
+_FAR = 3.2e38  # a key of nobody
 _NOBODY = (0x7FFFFFFF << 32) + 0x7FFFFFFF  # sorts behind every neighbour
 
 NumpyArray = np.ndarray[Any, np.dtype[Any]]
@@ -140,14 +141,39 @@ def knn_reference(arrays: list[mx.array], k: int, metric: str) -> Neighbors:
 def _(arrays: list[mx.array], stream: Any, parameters: str) -> list[mx.array]:
     given = json.loads(parameters)
     with _on(stream):
-        return list(knn_reference(arrays, given["k"], given["metric"]))
+        return list(knn_reference(arrays[: given["inputs"]], given["k"], given["metric"]))
 
 
 def _knn(arrays: list[mx.array], k: int, metric: str, stream: Stream) -> Neighbors:
-    if _native.runs_native(stream) and not _native.ext.on_metal(stream):
-        return Neighbors(*_native.ext.knn(arrays, k, metric, stream))
+    if _native.runs_native(stream):
+        prepared = _for_metal(arrays, metric, stream) if _native.ext.on_metal(stream) else []
+        return Neighbors(*_native.ext.knn(arrays, prepared, k, metric, stream))
     with _on(stream):
         return knn_reference(arrays, k, metric)
+
+
+def _for_metal(arrays: list[mx.array], metric: str, stream: Stream) -> list[mx.array]:
+    """What the kernels read: rows near 1 and the same centred, and bounds of the rounding of their products."""
+    with _on(stream):
+        x, y = (mx.stop_gradient(arrays[i].astype(mx.float32)) for i in (0, min(1, len(arrays) - 1)))
+        u, v, unit = _prepared(x, y, metric)
+        valid = [mx.isfinite(a).all(axis=1, keepdims=True) for a in (x, y)]
+        u, v = (mx.where(ok, a, mx.array(0.0)) for ok, a in zip(valid, (u, v), strict=True))
+        center = v.sum(axis=0) / mx.maximum(valid[1].astype(mx.float32).sum(), mx.array(1.0))
+        product = metric == "inner_product"
+        s, t = u if product else u - center, v - center
+        rounding = (x.shape[1] + 32) * 2.0**-23
+        halves = [0.5 * a.square().sum(axis=1) for a in (s, t)]
+        lengths = [mx.sqrt(2 * h) * (1 + rounding) for h in halves]
+        if metric == "cosine":
+            halves = [h + 0.5 * (a == 0).all(axis=1) for h, a in zip(halves, (u, v), strict=True)]
+        constant = -(u * center).sum(axis=1) if product else halves[0]
+        low = mx.zeros_like(halves[1]) if product else halves[1] * (1 - 2 * rounding)
+        constant, low = (
+            mx.where(ok.squeeze(1), a, mx.array(_FAR)) for ok, a in zip(valid, (constant, low - 1e-30), strict=True)
+        )
+        itself = [mx.arange(x.shape[0], dtype=mx.int32)] if len(arrays) == 1 else []
+        return [u, v, s, t, rounding * lengths[0], constant, lengths[1], low, unit.reshape(1), *itself]
 
 
 def _prepared(x: mx.array, y: mx.array, metric: str) -> tuple[mx.array, mx.array, mx.array]:
