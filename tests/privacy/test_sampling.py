@@ -233,7 +233,8 @@ def test_a_run_across_epochs_counts_both():
     from mlx_bulwark.privacy.events import Event, Gaussian, Release, Run, Shuffle, releases_of
 
     a, b = (Event(Shuffle(10, 10), Gaussian(s, 1.0)) for s in (1.0, 2.0))
-    assert releases_of([Run(a, 5), Run(b, 10), Run(a, 5)]) == (Release(1.0, 1.0, 2), Release(1.0, 2.0, 2))
+    assert releases_of([Run(a, 5), Run(b, 10, 1), Run(a, 5, 2)]) == (Release(1.0, 1.0, 2), Release(1.0, 2.0, 2))
+    assert releases_of([Run(a, 5), Run(b, 10), Run(a, 5)]) == (Release(1.0, 1.0, 2),)  # each epoch its least noise
     assert releases_of([Run(a, 20)]) == (Release(1.0, 1.0, 2),)
     assert releases_of([Run(a, 0), Run(b, 10)]) == (Release(1.0, 2.0, 1),)
 

@@ -5,6 +5,7 @@ A new scheme or mechanism is one frozen dataclass here. `Event.releases` is wher
 """
 
 import functools
+import itertools
 import logging
 import math
 from collections.abc import Iterable
@@ -233,13 +234,40 @@ def releases_of(runs: Iterable[Run]) -> tuple[Release, ...]:
     """Return what runs, the first of which starts at step 0, amount to together; equal releases counted together."""
     totals: dict[Release, int] = {}
     first = 0
-    for run in runs:
-        for release in run.event.releases(first, run.steps):
+    for _, stretch in itertools.groupby((run for run in runs if run.steps), _kept_by_a_schedule):
+        together = tuple(stretch)
+        for release in _releases_of_a_stretch(together, first):
             if release.times and release.sample_rate:
                 alike = release._replace(times=1)
                 totals[alike] = totals.get(alike, 0) + release.times
-        first += run.steps
+        first += sum(run.steps for run in together)
     return tuple(release._replace(times=times) for release, times in totals.items())
+
+
+def _kept_by_a_schedule(run: Run) -> tuple[Any, ...]:
+    """What stays while noise and clipping norm change: one partition, one order of the examples."""
+    return run.session, run.event.sampling, type(run.event.mechanism)
+
+
+def _releases_of_a_stretch(runs: tuple[Run, ...], first: int) -> list[Release]:
+    """Steps of one partition, one after the other from step ``first``.
+
+    In a round of a cycle, or an epoch, an example takes part once at most, in a step whose noise is at least the
+    least of the round: by parallel composition a round spends no more than one release with that.
+    """
+    event = runs[0].event
+    scheme = event.sampling
+    if len(runs) == 1 or not isinstance(scheme, CyclicPoisson | Shuffle) or isinstance(event.mechanism, Banded):
+        starts = itertools.accumulate((run.steps for run in runs), initial=first)
+        return [r for run, at in zip(runs, starts, strict=False) for r in run.event.releases(at, run.steps)]
+    if isinstance(scheme, Shuffle):
+        length, begun = scheme.steps_per_epoch, first % scheme.steps_per_epoch
+    else:
+        length, begun = scheme.cycle_length, 0
+    sigmas = np.repeat([run.event.mechanism.noise_multiplier for run in runs], [run.steps for run in runs])
+    starts_of_rounds = [0, *range(length - begun, len(sigmas), length)]
+    rate, discrete = scheme.parts(first, 1).rate, isinstance(event.mechanism, Discrete)
+    return [Release(rate, float(s), 1, discrete) for s in np.minimum.reduceat(sigmas, starts_of_rounds)]
 
 
 # dp-accounting's PLD drops tails of 1e-15 and composes by FFT in float64: far below this delta nothing else is left.

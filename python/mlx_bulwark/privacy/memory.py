@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .engine import PrivacyEngine
 
 _FIRST, _SECOND = 4, 12  # rows, or that many times the rows of a unit
+_SPARED = 1 / 32  # of the bytes: what a step frees and what it takes race, and peaks of equal steps differ by a percent
 
 
 def find_microbatch_size(
@@ -42,10 +43,11 @@ def find_microbatch_size(
     unit_rows = source.rows_per_unit
     (small, low), (large, high) = ((size, peak(size)) for size in (min(most, unit_rows * k) for k in (_FIRST, _SECOND)))
     row = max(1.0, (high - low) / max(1, large - small))
-    size = min(most, int(small + (max_memory - low) / row))
+    allowed = int(max_memory * (1 - _SPARED))
+    size = min(most, int(small + (allowed - low) / row))
     fits, fails, reached = 0, size + 1, 0
     while fails - fits > max(1, fits // 8) and size >= unit_rows:
-        if (found := peak(size)) <= max_memory:
+        if (found := peak(size)) <= allowed:
             fits, reached = size, found
         else:
             fails = size
