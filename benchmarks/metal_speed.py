@@ -2,9 +2,9 @@
 
 A case knows the bytes that its kernels must move: what they read and write, the gradients twice where norms come before
 the sum. The tests hold that number against the simulator's count, at small sizes. Noise is bound by arithmetic, so its
-share is the lower. So are ghost norms: their bytes are each input once, which caches serve again and again, and beside
-them stand the multiplications and additions of their products. The peer is the plain-MLX reference under
-``mx.compile``, which returns the same values.
+share is the lower. So are ghost norms and neighbours: their bytes are each input once, which caches serve again and
+again, and beside them stand the multiplications and additions of their products. The peer is the plain-MLX reference
+under ``mx.compile``, which returns the same values.
 """
 
 from collections.abc import Callable, Iterator
@@ -48,6 +48,7 @@ class Sizes(NamedTuple):
     tokens: int = 512
     width: int = 1024
     copies: int = 10_000
+    neighbors: int = 16_384
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
@@ -60,6 +61,7 @@ def cases(sizes: Sizes) -> Iterator[Case]:
     for dtype, suffix in ((mx.float32, ""), (mx.bfloat16, "_bfloat16")):
         yield from _ghost_cases(batch // 4, sizes.tokens, sizes.width, dtype, suffix)
     yield from _smooth_cases(sizes.copies)
+    yield _neighbors_case(sizes.neighbors)
 
 
 def _noise_cases(n: int) -> Iterator[Case]:
@@ -155,6 +157,12 @@ def _smooth_cases(copies: int) -> Iterator[Case]:
         [logits],
         logits.nbytes + 2 * counts.nbytes,
     )
+
+
+def _neighbors_case(n: int, d: int = 128, k: int = 10) -> Case:
+    x, y = _normals((n, d)), _normals((n + 1, d))[1:]
+    op = partial(bw.knn, k=k)
+    return Case(f"neighbors.knn.{n}x{n}x{d}", op, _by_reference(op), [x, y], 2 * x.nbytes + 8 * n * k, 2 * n * n * d)
 
 
 def _by_reference(op: Callable[..., Any]) -> Callable[..., Any]:

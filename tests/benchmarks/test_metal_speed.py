@@ -13,7 +13,9 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import chips, metal_speed  # noqa: E402
 from benchmarks import run as bench_run  # noqa: E402
 
-SMALL = metal_speed.Sizes(values=32_000, batch=64, columns=8_000, leaves=12, leaf=2048, tokens=96, width=64, copies=200)
+SMALL = metal_speed.Sizes(
+    values=32_000, batch=64, columns=8_000, leaves=12, leaf=2048, tokens=96, width=64, copies=200, neighbors=150
+)
 
 
 def bench(**options):
@@ -67,10 +69,12 @@ def test_bytes_are_those_that_kernels_move(sim, case):
     mx.eval(case.op(*case.inputs))
     buffers = [b for call in sim.calls for b in call.buffers.values() if b["space"] == "device"]
     assert sim.reports == []
-    once = "unique_" if case.name.startswith("ghost.") else ""  # what is asked for again, caches have
+    family = case.name.partition(".")[0]
+    once = "unique_" if family in ("ghost", "neighbors") else ""  # what is asked for again, caches have
     moved = sum(b[f"{once}read"] + b[f"{once}written"] for b in buffers)
     assert case.nbytes <= moved * 1.02
-    assert case.nbytes >= moved / 1.08  # factors and partial norms come on top
+    if family != "neighbors":  # its lists of candidates come on top, which are short where rows are long
+        assert case.nbytes >= moved / 1.08  # factors and partial norms come on top
 
 
 def test_suite_on_the_cpu():
