@@ -160,7 +160,7 @@ def refusals(group, folder):
     refused(engine.batches, data(), steps=1)
     refused(engine.batches, np.zeros(N if rank else 0), steps=1)
     engine.batches(shard(data(), group), steps=1)
-    moved = 27 - 9 * rank if group.size() == 2 else [19, 17, 17, *[13] * 9][rank]
+    moved = len(shard(data(), group)[0]) + {0: 1, 1: -1}.get(rank, 0)
     refused(engine.batches, np.zeros(moved), steps=1)
     refused(engine.value_and_grad, nn.Linear(3, 3 + rank), loss_fn)
     model = make_model(rank)
@@ -349,7 +349,11 @@ def lost(folder, group, how, compiled):
         try:
             optimizer.update(model, f(model, *shard(data(), group))[1])
         except bw.PrivacyError as e:
-            seen |= {"again": str(e), "steps_then": engine.steps, "epsilon": engine.epsilon()}
+            seen["again"] = str(e)
+        try:
+            engine.batches(shard(data(), group), steps=1)  # another collective, for which nobody would come
+        except bw.PrivacyError as e:
+            seen |= {"collective": str(e), "steps_then": engine.steps, "epsilon": engine.epsilon()}
     (folder / f"seen{group.rank()}.json").write_text(json.dumps(seen))
 
 

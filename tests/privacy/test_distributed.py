@@ -238,22 +238,24 @@ def test_books_are_the_first_rank_s_and_all_ranks_continue_them(figures):
     assert list(first["files"]) == ["ledger.jsonl", "state.json"]
 
 
-@pytest.mark.parametrize("scenario", ["exits", "exits_compiled"])
-def test_a_rank_that_dies_ends_the_others_with_an_error(tmp_path, scenario):
-    (code, output), (killed, _) = finish(start(scenario, tmp_path, 2))
+@pytest.mark.parametrize(("scenario", "size"), [("exits", 2), ("exits_compiled", 3)])
+def test_a_rank_that_dies_ends_the_others_with_an_error(tmp_path, scenario, size):
+    *others, (killed, _) = finish(start(scenario, tmp_path, size))
     assert killed == -signal.SIGKILL
     ledger = tmp_path / "ledger.jsonl"
     assert ledger.read_text().count("noise_multiplier") == 3  # charged, though its update was not made
-    if code == 1:  # MLX's ring did not notice, which was seen on a busy machine: the timeout did
-        assert "rank 0 has waited 20 seconds for the 1 others" in output
-        return
-    assert code == 0, output
-    seen = json.loads((tmp_path / "seen0.json").read_text())
-    assert "all 2 ranks must take part in every step but one was lost, says rank 0" in seen["error"]
-    assert seen["steps"] == seen["steps_then"] == 3
-    assert seen["kept"]
-    assert "ranks must all be there but one was lost" in seen["again"]
-    assert bw.ledger_epsilon(ledger, 1e-5) == pytest.approx(seen["epsilon"], rel=1e-12)
+    for rank, (code, output) in enumerate(others):
+        if code == 1:  # MLX's ring did not notice, which was seen on a busy machine: the timeout did
+            assert f"rank {rank} has waited 20 seconds for the {size - 1} others" in output
+            continue
+        assert code == 0, output
+        seen = json.loads((tmp_path / f"seen{rank}.json").read_text())
+        assert f"all {size} ranks must take part in every step but one was lost, says rank {rank}" in seen["error"]
+        assert seen["steps"] == seen["steps_then"] == 3
+        assert seen["kept"]
+        for refused in ("again", "collective"):
+            assert "ranks must all be there but one was lost" in seen[refused]
+        assert bw.ledger_epsilon(ledger, 1e-5) == pytest.approx(seen["epsilon"], rel=1e-12)
 
 
 def test_a_rank_that_hangs_ends_the_others_after_the_timeout(tmp_path):
