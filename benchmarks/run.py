@@ -77,6 +77,7 @@ class Bench:
     device: str = "cpu"
     chip_bandwidth: float | None = None  # GB/s, as published
     threads: int = THREADS
+    data: Path | None = None  # folder of data sets, for the suites that want one
     problems: list[str] = field(default_factory=list)
     _rows: list[dict[str, Any]] = field(default_factory=list)
     _checks: dict[str, bool] = field(default_factory=dict)
@@ -362,7 +363,9 @@ def suites() -> list[str]:
     return sorted(p.stem for p in HERE.glob("*.py") if "def run(bench" in p.read_text() and p.stem != "run")
 
 
-def run(names: list[str], *, quick: bool, json_file: Path | None, machine: dict[str, Any]) -> list[str]:
+def run(
+    names: list[str], *, quick: bool, json_file: Path | None, machine: dict[str, Any], data: Path | None = None
+) -> list[str]:
     """Run suites, print their tables and write the JSON; return what went wrong."""
     done: list[Bench] = []
 
@@ -376,7 +379,7 @@ def run(names: list[str], *, quick: bool, json_file: Path | None, machine: dict[
 
     write()  # a path that cannot be written fails before an hour of work
     for name in names:
-        bench = Bench(name, quick, write, machine["device"], machine["bandwidth"])
+        bench = Bench(name, quick, write, machine["device"], machine["bandwidth"], data=data)
         done.append(bench)
         print(f"{name:<52}{'value':>12}  {'unit':<8}{'peer'}", flush=True)
         start = time.perf_counter()
@@ -403,6 +406,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="few rounds: shows that it runs; figures are rough")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu", help="where MLX computes (default: cpu)")
     parser.add_argument("--bandwidth", type=float, metavar="GB/s", help="of the GPU's memory, if its chip is not known")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data sets, for outliers_quality; without: skipped")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
     options = parser.parse_args()
     known = suites()
@@ -413,7 +417,9 @@ def main() -> int:
         parser.error(f"no suite {', '.join(unknown)}; there are: {', '.join(known)}")
     machine = _prepare(options)
     _header(machine)
-    problems = run(options.suite or known, quick=options.quick, json_file=options.json, machine=machine)
+    problems = run(
+        options.suite or known, quick=options.quick, json_file=options.json, machine=machine, data=options.data
+    )
     for p in problems:
         print(f"FAILED {p}")
     return 1 if problems else 0

@@ -207,18 +207,18 @@ def test_scores_do_not_depend_on_the_rows_beside(backend, name):
 
 def test_histograms_are_those_of_numpy(backend):
     x, new = data.rows(90), data.rows(20, seed=1)
-    x[:, 1], new[:, 1] = np.round(x[:, 1]), np.round(new[:, 1])
-    x[0, 1], x[1, 1] = 0, 7  # edges of bins
-    detector = HBOS(7, alpha=0.05, tol=0.25).fit(x)
+    x[:, 1], new[:, 1] = np.clip(np.round(x[:, 1]), 0, 8), np.round(new[:, 1])
+    x[0, 1], x[1, 1] = 0, 8  # all of them on edges of bins
+    detector = HBOS(8, alpha=0.05, tol=0.25).fit(x)
     low, high = x.min(axis=0).astype(np.float64), x.max(axis=0).astype(np.float64)
     scaled, others = (((a - low) / (high - low)).astype(np.float32).astype(np.float64) for a in (x, new))
     expected = np.zeros(len(new))
     for column, values in zip(scaled.T, others.T, strict=True):
-        density, edges = np.histogram(column, bins=7, density=True)
+        density, edges = np.histogram(column, bins=8, density=True)
         score = -np.log2(density + 0.05)
         for i, v in enumerate(values):
             far = max(edges[0] - v, v - edges[-1]) > 0.25 * (edges[1] - edges[0])
-            b = np.clip(np.digitize(v, edges) - 1, 0, 6)
+            b = np.clip(np.digitize(v, edges, right=True) - 1, 0, 7)
             expected[i] += score.max() if far else score[b]
     compare(detector.anomaly_score(new), expected)
 

@@ -91,7 +91,7 @@ class HBOS(OutlierDetector):
     """How empty the histogram bins of a row's values are.
 
     Columns are brought to a range of 1 first, so that units do not matter: the density of a bin is that beside one of
-    values spread evenly. A value scores as the bin that it was counted in, also where it lies on an edge.
+    values spread evenly. A value on an edge scores as the bin below it, as in PyOD.
 
     Args:
         n_bins: Bins of equal width a column, at most 4096.
@@ -128,6 +128,7 @@ class HBOS(OutlierDetector):
         return Frame(low, np.where(high > low, 0.5 / half, 1.0))
 
     def _fit(self, x: Float32) -> None:
+        self.constant_ = (x == x[0]).all(axis=0)
         self.table_ = ops.histogram_table(mx.array(x), self.n_bins, self.alpha)
 
     def _score(self, x: mx.array) -> Any:
@@ -139,10 +140,9 @@ class HBOS(OutlierDetector):
         return np.array(scores) - np.array(self.table_.scores).min(axis=1)
 
     def _inside(self, x: mx.array) -> mx.array:
-        """Bins are counted with their left edges, and looked up with their right ones: from an edge go up a little."""
+        """The value of a constant column lies on an edge, whose bin below is empty: go up a little, to its own."""
         values = np.array(x)
-        above = np.nextafter(values, np.float32(np.inf))
-        return mx.array(np.where(values < np.array(self.table_.edges)[:, -1], above, values))
+        return mx.array(np.where(self.constant_, np.nextafter(values, np.float32(np.inf)), values))
 
 
 class RobustZ(OutlierDetector):
