@@ -13,6 +13,7 @@ from mlx.nn.layers import distributed
 from mlx.utils import tree_flatten
 from mlx_bulwark.privacy import refusals, rules
 from mlx_bulwark.privacy.gradients import clipped_sums
+from mlx_bulwark.privacy.rules_experts import sums_by_expert, sums_by_sorting
 from mlx_lm.models import switch_layers
 from mlx_lm.models.switch_layers import SwitchLinear
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
@@ -122,6 +123,17 @@ def test_rows_that_are_sorted_by_other_hands_are_refused():
     model, loss_fn, batch = problem(Own, (5, 6), 3)
     with pytest.raises(bw.PrivacyError, match="must get its rows sorted by mlx_lm"):
         clipped_sums(model, loss_fn, batch, None, 1.0, "flat", {})
+
+
+def test_both_ways_to_the_sums_of_experts():
+    rng = np.random.default_rng(0)
+    u, d = (rng.standard_normal((101, 1, n)).astype(np.float32) for n in (7, 5))
+    ids = rng.integers(-1, 4, 101).astype(np.int32)
+    ids[ids == 2] = 3  # an expert without rows
+    expected = np.stack([np.einsum("np,nd->pd", d[ids == e, 0], u[ids == e, 0]) for e in range(4)])
+    u[ids < 0] = np.nan
+    for f in (sums_by_expert, sums_by_sorting):
+        np.testing.assert_allclose(f(mx.array(u), mx.array(d), mx.array(ids), 4), expected, atol=2e-5)
 
 
 def test_mlx_lm_sorts_as_before_after_a_trace():

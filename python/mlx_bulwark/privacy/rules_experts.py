@@ -47,6 +47,25 @@ def _joined(
     return join(xs, 1), join(dys, 1), join(experts, 1).astype(mx.int32)
 
 
+def sums_by_expert(u: mx.array, d: mx.array, ids: mx.array, E: int) -> mx.array:
+    """Sums [E, p, d] of the products of rows d [N, 1, p] and u [N, 1, d]; rows of id -1 take no part."""
+    if mx.default_device() != mx.gpu:
+        return linear_sample_grads(u, d, segments=ids, num_segments=E).weight
+    return sums_by_sorting(u, d, ids, E)
+
+
+def sums_by_sorting(u: mx.array, d: mx.array, ids: mx.array, E: int) -> mx.array:
+    """The same by MLX's product of sorted rows: its kernel of segments is on the GPU, where ours is not."""
+    order = mx.argsort(ids)
+    experts, there = mx.maximum(ids[order], 0), (ids[order] >= 0)[:, None, None]
+    u, d = (mx.where(there, a[order], 0.0) for a in (u, d))
+
+    def products(weight: mx.array) -> mx.array:
+        return mx.gather_mm(u, weight.swapaxes(1, 2), rhs_indices=experts, sorted_indices=True)
+
+    return mx.vjp(products, [mx.zeros((E, d.shape[-1], u.shape[-1]))], [d])[1][0]
+
+
 def _each(rows: mx.array, matrices: mx.array, experts: mx.array) -> mx.array:
     """Each row [B, R, a] times the matrix [a, b] of its expert."""
     return mx.gather_mm(rows[..., None, :], matrices, rhs_indices=experts)[..., 0, :]
@@ -65,8 +84,8 @@ def _of_experts(name: str, shape: tuple[int, ...], x: mx.array, dy: mx.array, ex
 
     def weighted_sums(factors: mx.array) -> dict[str, mx.array]:
         f = factors[:, None]
-        ids = mx.where(f == 0, -1, experts).astype(mx.int32)
+        ids = mx.where(f == 0, -1, experts).astype(mx.int32).flatten()
         d = (f[..., None] * dy).reshape(B * R, 1, -1)
-        return {name: linear_sample_grads(u, d, segments=ids.flatten(), num_segments=E).weight.reshape(shape)}
+        return {name: sums_by_expert(u, d, ids, E).reshape(shape)}
 
     return PerSample(sq_norms=sq_norms, weighted_sums=weighted_sums)
