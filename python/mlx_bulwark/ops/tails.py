@@ -18,6 +18,7 @@ from .noise import FLOATS, _on
 METHODS = ("ecod", "copod")
 AGGREGATIONS = ("per_feature", "paper")
 MAD_SCALE = 1.4826022185056018  # 1 / Phi^-1(3/4): a normal column's MAD times this is its standard deviation
+MOST_SOLVED = 224  # columns that the Metal kernel of mahalanobis holds
 _KINDS = (*METHODS, "paper", "sides")  # in the order of the native enum
 OVERSAMPLING = 8  # directions that spectral_scores follows beyond those that it is asked for
 # `&` and `|` of a mapped and an unmapped array are wrong under vmap in MLX 0.32.4; logical_and and logical_or are not.
@@ -120,7 +121,7 @@ def column_stats(x: mx.array, *, stream: Stream = None) -> ColumnStats:
         Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances" (1979).
     """
     _check_rows("column_stats", x)
-    if _on_cpu(stream):
+    if _native.runs_native(stream):
         return ColumnStats(*_native.ext.column_stats(x, stream))
     return column_stats_reference(x, stream=stream)
 
@@ -296,7 +297,7 @@ def tail_scores(
     _check_rows("tail_scores", x, table.values.shape[0])
     _choice("tail_scores", "method", method, METHODS)
     _choice("tail_scores", "aggregation", aggregation, AGGREGATIONS)
-    if not _on_cpu(stream):
+    if not _native.runs_native(stream):
         return tail_scores_reference(x, table, method, aggregation, per_column, stream=stream)
     inputs = (x, table.values, table.counts, table.skewness, [] if table.ranks is None else [table.ranks])
     if not per_column:
@@ -408,7 +409,7 @@ def histogram_scores(
     _check_rows("histogram_scores", x, table.edges.shape[0])
     if not tol >= 0:
         raise ValueError(f"[histogram_scores] tol must be 0 or more but is {tol}")
-    if _on_cpu(stream):
+    if _native.runs_native(stream):
         with _on(stream):
             reach = tol * table.widths
         scores: mx.array = _native.ext.histogram_scores(x, table.edges, table.scores, reach, per_column, stream)
@@ -534,7 +535,7 @@ def mahalanobis(x: mx.array, mean: mx.array, cholesky: mx.array, *, stream: Stre
             f"[mahalanobis] cholesky must have shape [{d}, {d}] and dtype float32 "
             f"but has shape {list(cholesky.shape)} and dtype {cholesky.dtype}"
         )
-    if _on_cpu(stream):
+    if _on_cpu(stream) or (_native.runs_native(stream) and d <= MOST_SOLVED):
         distances: mx.array = _native.ext.mahalanobis(x, mean, cholesky, stream)
         return distances
     return mahalanobis_reference(x, mean, cholesky, stream=stream)
