@@ -96,6 +96,26 @@ def smooth_cases():
         yield f"smooth.count_votes.{rows}x{classes}", lambda x=logits, z=zeros: [bw.count_votes(x, z)]
 
 
+def tails_cases():
+    """Names, what runs, and what a search by halves (a value a step) or a substitution (L for each row) asks for."""
+    for n, d in ((40_000, 3), (3001, 64), (700, 1000)):
+        for dtype, name in ((mx.float32, f"{n}x{d}"), (mx.bfloat16, f"{n}x{d}_bfloat16")):
+            x, center = normals((n, d), dtype), normals((d,))
+            yield f"tails.column_stats.{name}", lambda x=x: list(bw.column_stats(x)[1:5])
+            yield f"tails.robust_zscore.{name}", lambda x=x, c=center: [bw.robust_zscore(x, c, mx.abs(c) + 1)]
+            table, histogram = bw.quantile_table(x[:500]), bw.histogram_table(x[:500])
+            steps = math.ceil(math.log2(table.values.shape[1])) + 1
+            search = n * d * (dtype.size + 4 * (steps + 5)) + 4 * n
+            yield f"tails.tail_scores.{name}", lambda x=x, t=table: [bw.tail_scores(x, t)], search
+            steps = math.ceil(math.log2(histogram.edges.shape[1])) + 1
+            search = n * d * (dtype.size + 4 * (steps + 5)) + 4 * n
+            yield f"tails.histogram_scores.{name}", lambda x=x, t=histogram: [bw.histogram_scores(x, t)], search
+    for n, d in ((5000, 3), (1001, 64), (100, 200)):
+        x, mean, lower = normals((n, d)), normals((d,)), mx.tril(0.01 * normals((d, d))) + mx.eye(d)
+        solve = n * (d * (d + 1) // 2 + 2 * d + 1) * 4
+        yield f"tails.mahalanobis.{n}x{d}", lambda x=x, m=mean, c=lower: [bw.mahalanobis(x, m, c)], solve
+
+
 def cases():
     """Names, and what runs."""
     for n in (1000, 32_000, 400_003):
@@ -113,6 +133,7 @@ def cases():
     yield from tree_cases()
     yield from ghost_cases()
     yield from smooth_cases()
+    yield from tails_cases()
 
 
 def tree_cases():

@@ -3,19 +3,19 @@ using namespace metal;
 
 constant uint ZSCORE_THREADS = 256u;  // tails_metal.cpp has these too
 
-// y = (x - center) / scale, 0 where both are 0.
+// y = (x - center) / scale, 0 where both are 0. Of few columns several rows are one long row, so that lanes have work.
 template <typename T>
 [[kernel]] void robust_zscore(
     device const T* x [[buffer(0)]], device const float* center [[buffer(1)]], device const float* scale [[buffer(2)]],
-    device float* y [[buffer(3)]], constant uint& columns [[buffer(4)]], constant uint& rows_each [[buffer(5)]],
-    constant uint& rows [[buffer(6)]], constant uint& groups_across [[buffer(7)]],
+    device float* y [[buffer(3)]], constant ulong& size [[buffer(4)]], constant uint& columns [[buffer(5)]],
+    constant uint& width [[buffer(6)]], constant uint& rows_each [[buffer(7)]], constant uint& tiles [[buffer(8)]],
     uint group [[threadgroup_position_in_grid]], uint t [[thread_index_in_threadgroup]]) {
-  uint column = group % groups_across * ZSCORE_THREADS + t;
-  if (column >= columns) return;
-  float c = center[column], s = scale[column];
-  uint from = group / groups_across * rows_each, to = min(from + rows_each, rows);
-  for (uint r = from; r < to; r++) {
-    ulong at = ulong(r) * columns + column;
+  uint column = group % tiles * ZSCORE_THREADS + t;
+  if (column >= width) return;
+  float c = center[column % columns], s = scale[column % columns];
+  ulong from = ulong(group / tiles) * rows_each * width + column;
+  ulong to = min(from + ulong(rows_each) * width, size);
+  for (ulong at = from; at < to; at += width) {
     float off = float(x[at]) - c;
     y[at] = off == 0.0f && s == 0.0f ? 0.0f : precise::divide(off, s);
   }
@@ -44,6 +44,18 @@ inline uint position(device const float* values, uint n, float x, bool equal) {
   return from;
 }
 
+// Where the values begin that are equal to x and end before `end`: most are few, so that steps grow from there.
+inline uint first_equal(device const float* values, uint end, float x) {
+  uint step = 1u;
+  while (end >= step && values[end - step] == x) {
+    end -= step;
+    if (end > 0u && values[end - 1u] != x) return end;
+    step *= 2u;
+  }
+  uint from = end - min(end, step);
+  return step == 1u ? end : from + position(values + from, end - from, x, false);
+}
+
 // ---- Tails. `width` lanes share the columns of a row.
 
 constant bool is_copod [[function_constant(0)]];
@@ -69,8 +81,7 @@ template <typename T>
       holed = true;
     } else {
       device const float* column = values + ulong(c) * size;
-      uint n = uint(counts[c]), up_to = position(column, size, v, true), below = up_to;
-      if (up_to > 0u && column[up_to - 1u] == v) below = position(column, up_to, v, false);
+      uint n = uint(counts[c]), up_to = position(column, size, v, true), below = first_equal(column, up_to, v);
       if (has_ranks) {
         up_to = up_to > 0u ? uint(ranks[ulong(c) * size + up_to - 1u]) + 1u : 0u;
         below = below > 0u ? uint(ranks[ulong(c) * size + below - 1u]) + 1u : 0u;

@@ -10,7 +10,7 @@ namespace {
 // These stand in tails.metal too.
 constexpr uint32_t ZSCORE_THREADS = 256, STATS_SIMDGROUPS = 8, STATS_RUN = 16, FEW_SOLVED = 64, MOST_SOLVED = 224;
 constexpr uint32_t ROW_THREADS = 256;
-constexpr uint64_t MANY_GROUPS = 512;
+constexpr uint64_t MANY_GROUPS = 512, LEAST_SCALED = 32;
 
 uint64_t ceil_div(uint64_t a, uint64_t b) { return (a + b - 1) / b; }
 
@@ -26,13 +26,15 @@ uint32_t group_count(uint64_t groups) {
 
 void RobustZscore::metal(const Arrays& in, Arrays& out) {
   allocate(stream(), out[0]);
-  if (!out[0].size()) return;
-  const uint64_t rows = in[0].shape(0), columns = in[0].shape(1), across = ceil_div(columns, ZSCORE_THREADS);
-  const uint64_t each = std::max<uint64_t>(1, rows * across / MANY_GROUPS);
+  const uint64_t size = out[0].size(), columns = in[0].shape(1);
+  if (!size) return;
+  const uint64_t width = columns < ZSCORE_THREADS ? ZSCORE_THREADS / columns * columns : columns;
+  const uint64_t rows = ceil_div(size, width), tiles = ceil_div(width, ZSCORE_THREADS);
+  const uint64_t each = std::max(LEAST_SCALED, rows * tiles / MANY_GROUPS);  // for one reading of center and scale
   KernelCall call{tails_source, std::string("robust_zscore") + suffix(in[0].dtype()),
-                  group_count(across * ceil_div(rows, each)), ZSCORE_THREADS};
-  call.in(in[0]).in(in[1]).in(in[2]).out(out[0]).bytes(uint32_t(columns)).bytes(uint32_t(each)).bytes(uint32_t(rows));
-  launch(stream(), call.bytes(uint32_t(across)));
+                  group_count(tiles * ceil_div(rows, each)), ZSCORE_THREADS};
+  call.in(in[0]).in(in[1]).in(in[2]).out(out[0]).bytes(size).bytes(uint32_t(columns)).bytes(uint32_t(width));
+  launch(stream(), call.bytes(uint32_t(each)).bytes(uint32_t(tiles)));
 }
 
 namespace {

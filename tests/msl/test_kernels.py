@@ -88,7 +88,26 @@ def neighbors():
     yield from bw.knn(sides[:8, None] + 1e-4 * x[:8, :2], sides[:, None] + 1e-4 * near, 2)
 
 
-FAMILIES = {"noise": noise, "clip": clip, "ghost": ghost, "smooth": smooth, "neighbors": neighbors}
+def tails():
+    """Few columns and many, rows beside a full threadgroup, holes, ties, tables of all values and of some."""
+    x = mx.concatenate([rand((67, 37)), mx.round(rand((67, 3), seed=1))], axis=1)
+    x[3, 5], x[4, 6] = math.nan, math.inf
+    yield from bw.column_stats(x)
+    yield from bw.column_stats(rand((2300, 3), mx.float16) + 100)
+    for bins in (None, 16):
+        table = bw.quantile_table(x, bins)
+        for aggregation in ("per_feature", "paper"):
+            yield bw.tail_scores(x[::-1] * 1.1, table, "copod", aggregation)
+            yield bw.tail_scores(x[:9], table, "ecod", aggregation, per_column=True)
+    histogram = bw.histogram_table(x)
+    yield bw.histogram_scores(x[::-1] * 1.1, histogram)
+    yield bw.histogram_scores(x[:9, :].astype(mx.bfloat16), histogram, per_column=True)
+    yield bw.robust_zscore(x, x[0], mx.abs(x[1]))
+    for d in (5, 70):
+        yield bw.mahalanobis(rand((67, d)), rand((d,), seed=1), mx.tril(0.1 * rand((d, d))) + mx.eye(d))
+
+
+FAMILIES = {"noise": noise, "clip": clip, "ghost": ghost, "smooth": smooth, "neighbors": neighbors, "tails": tails}
 
 
 def results(family):
@@ -214,6 +233,12 @@ PLANTED = {
     "never looks beyond": ("neighbors", "all = !is_beyond(", "all = false && !is_beyond(", None),
     "a candidate too few": ("neighbors", "filled[list] = size[r]", "filled[list] = max(1u, size[r]) - 1u", None),
     "a list overflows": ("neighbors", "> sizes.room)", "> 4u * sizes.room)", None),
+    "a row too many": ("tails", "held = min(32u, rows - first)", "held = 32u", "out-of-bounds"),
+    "equal values not counted": ("tails", "(equal && v == x)", "(equal && v < x)", None),
+    "ties forgotten": ("tails", "end >= step && values[end - step] == x", "false", None),
+    "the other side": ("tails", "s < 0.0f ? left : s > 0.0f", "s > 0.0f ? left : s < 0.0f", None),
+    "differences from a rounded mean": ("tails", "0.5f * m.mean) - m.rest", "0.5f * m.mean)", None),
+    "a simdgroup forgotten": ("tails", "other < STATS_SIMDGROUPS", "other + 1u < STATS_SIMDGROUPS", None),
     "noise of the next tile": ("smooth", "tile * 32u + lane, z", "tile * 32u + 32u + lane, z", None),
     "a last tile forgotten": ("smooth", "length / NORMALS_PER_TILE + 2u", "length / NORMALS_PER_TILE", None),
     "a neighbour's values written": ("smooth", "if (at >= from && at < to)", "if (at < to)", None),
