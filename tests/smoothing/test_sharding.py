@@ -46,6 +46,7 @@ def test_ranks_share_a_data_set_and_go_on_in_other_numbers(tmp_path):
     parts = [CertifiedTable.read_csv(tmp_path / f"t.rank{rank}.csv") for rank in range(3)]
     kept = {row.index: row for part in parts for row in part.rows}
     assert 3 <= len(kept) <= 6
+    assert sum(len(part.rows) for part in parts) == len(kept)  # no input was done twice
     for code, output in run(tmp_path, 2):
         assert code == 0, output
     table = CertifiedTable.read_csv(tmp_path / "t.csv")
@@ -57,6 +58,3 @@ def test_ranks_share_a_data_set_and_go_on_in_other_numbers(tmp_path):
         np.testing.assert_array_equal(seen["radius"], table.column("radius"))  # every bit, on every rank
     assert not (tmp_path / "t.rank0.csv").exists()
     assert not (tmp_path / "t.rank1.csv").exists()
-    before = (tmp_path / "t.csv").read_text()
-    assert [code for code, _ in run(tmp_path, 2)] == [0, 0]  # nothing is left
-    assert (tmp_path / "t.csv").read_text() == before
