@@ -254,17 +254,40 @@ struct Table {
   const int32_t *counts, *ranks;
   size_t n;
   std::vector<float> coarse{};
+  size_t held = 0;  // coarse values of a column
+  int levels = 0;
+  size_t level[8] = {};
 
   void prepare(size_t d) {
-    const size_t blocks = ceil_div(n, COARSE);
-    coarse.resize(d * blocks);
+    size_t size = n;
+    do {
+      size = ceil_div(size, COARSE);
+      level[levels++] = held;
+      held += ceil_div(size, COARSE) * COARSE;
+    } while (size > COARSE);
+    coarse.assign(d * held, std::numeric_limits<float>::quiet_NaN());
     parallel_for(d, [&](size_t c) {
-      for (size_t b = 0; b < blocks; b++) coarse[c * blocks + b] = values[c * n + b * COARSE];
+      const float* from = values + c * n;
+      size_t left = n;
+      for (int l = 0; l < levels; l++) {
+        float* to = &coarse[c * held + level[l]];
+        left = ceil_div(left, COARSE);
+        for (size_t b = 0; b < left; b++) to[b] = from[b * COARSE];
+        from = to;
+      }
     });
   }
   Column column(size_t c) const {
-    return {values + c * n, coarse.data() + c * ceil_div(n, COARSE), ranks ? ranks + c * n : nullptr, n, counts[c],
-            skewness[c]};
+    Column r{values + c * n,
+             coarse.data() + c * held,
+             ranks ? ranks + c * n : nullptr,
+             n,
+             counts[c],
+             skewness[c],
+             levels,
+             {}};
+    std::copy(level, level + 8, r.level);
+    return r;
   }
 };
 

@@ -238,19 +238,37 @@ static void score_bins(const float* edges, const float* scores, size_t bins, flo
 
 // ---- Tails
 
-// The position of the last of `n` coarse values that is at most (or below) x; 0 where there is none. A step is done for
-// all queries before the next one, so that their loads overlap.
+// How many of COARSE values are below x, or at most x.
+template <bool EQUAL>
+static int32_t count_of(const float* v, float x) {
+#if defined(__AVX512F__)
+  return __builtin_popcount(_mm512_cmp_ps_mask(_mm512_loadu_ps(v), _mm512_set1_ps(x), EQUAL ? _CMP_LE_OQ : _CMP_LT_OQ));
+#elif defined(__AVX2__)
+  const __m256 query = _mm256_set1_ps(x);
+  const __m256 a = _mm256_cmp_ps(_mm256_loadu_ps(v), query, EQUAL ? _CMP_LE_OQ : _CMP_LT_OQ);
+  const __m256 b = _mm256_cmp_ps(_mm256_loadu_ps(v + 8), query, EQUAL ? _CMP_LE_OQ : _CMP_LT_OQ);
+  return __builtin_popcount(_mm256_movemask_ps(a) | _mm256_movemask_ps(b) << 8);
+#else
+  Ints found = {};
+  for (size_t i = 0; i < COARSE; i += LANES) found -= EQUAL ? load<Vec>(v + i) <= x : load<Vec>(v + i) < x;
+  int32_t total = 0;
+  for (size_t k = 0; k < LANES; k++) total += found[k];
+  return total;
+#endif
+}
+
+// The block whose first value is the last that is at most (or below) x; 0 where there is none. A level is done for all
+// queries before the next one, so that their loads overlap.
 constexpr size_t QUERIES = 32;
 template <bool EQUAL>
-static void find_blocks(const float* coarse, size_t n, const float* x, int32_t* at) {
+static void find_blocks(const Column& column, const float* x, int32_t* at) {
   for (size_t q = 0; q < QUERIES; q++) at[q] = 0;
-  for (size_t left = n; left > 1;) {
-    int32_t half = left / 2;
+  for (int l = column.levels; l-- > 0;) {
+    const float* level = column.coarse + column.level[l];
     for (size_t q = 0; q < QUERIES; q++) {
-      float v = coarse[at[q] + half];
-      at[q] += (EQUAL ? v <= x[q] : v < x[q]) ? half : 0;
+      const int32_t found = count_of<EQUAL>(level + at[q] * COARSE, x[q]);
+      at[q] = at[q] * int32_t(COARSE) + (found ? found - 1 : 0);
     }
-    left -= half;
   }
 }
 
@@ -262,42 +280,23 @@ static void count_in_block(const Column& column, size_t block, float x, int32_t&
     for (size_t i = 0; i < COARSE; i++) padded[i] = block * COARSE + i < column.n ? v[i] : NAN_;
     v = padded;
   }
-#if defined(__AVX512F__)
-  __m512 values = _mm512_loadu_ps(v), query = _mm512_set1_ps(x);
-  below = __builtin_popcount(_mm512_cmp_ps_mask(values, query, _CMP_LT_OQ));
-  up_to = __builtin_popcount(_mm512_cmp_ps_mask(values, query, _CMP_LE_OQ));
-#elif defined(__AVX2__)
-  __m256 a = _mm256_loadu_ps(v), b = _mm256_loadu_ps(v + 8), query = _mm256_set1_ps(x);
-  auto count = [](__m256 m, __m256 n) {
-    return __builtin_popcount(_mm256_movemask_ps(m)) + __builtin_popcount(_mm256_movemask_ps(n));
-  };
-  below = count(_mm256_cmp_ps(a, query, _CMP_LT_OQ), _mm256_cmp_ps(b, query, _CMP_LT_OQ));
-  up_to = count(_mm256_cmp_ps(a, query, _CMP_LE_OQ), _mm256_cmp_ps(b, query, _CMP_LE_OQ));
-#else
-  Ints less = {}, most = {};
-  for (size_t i = 0; i < COARSE; i += LANES) {
-    less -= load<Vec>(v + i) < x;
-    most -= load<Vec>(v + i) <= x;
-  }
-  below = up_to = 0;
-  for (size_t k = 0; k < LANES; k++) below += less[k], up_to += most[k];
-#endif
+  below = count_of<false>(v, x);
+  up_to = count_of<true>(v, x);
 }
 
 static void positions(const Column& column, const float* x, int32_t* below, int32_t* up_to) {
-  const size_t blocks = (column.n + COARSE - 1) / COARSE;
   int32_t block[QUERIES];
-  find_blocks<true>(column.coarse, blocks, x, block);
+  find_blocks<true>(column, x, block);
   for (size_t q = 0; q < QUERIES; q++) __builtin_prefetch(column.values + block[q] * COARSE);
   bool ties = false;
   for (size_t q = 0; q < QUERIES; q++) {
     count_in_block(column, block[q], x[q], below[q], up_to[q]);
-    ties |= below[q] == 0 && block[q] > 0;
+    ties |= below[q] == 0 && block[q] > 0 && column.values[block[q] * COARSE - 1] == x[q];
     below[q] += block[q] * COARSE;
     up_to[q] += block[q] * COARSE;
   }
   if (!ties) return;  // equal values may begin in a block before
-  find_blocks<false>(column.coarse, blocks, x, block);
+  find_blocks<false>(column, x, block);
   for (size_t q = 0; q < QUERIES; q++) {
     int32_t unused;
     count_in_block(column, block[q], x[q], below[q], unused);

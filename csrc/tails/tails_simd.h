@@ -13,11 +13,13 @@ struct BlockStats {
 // A column of a frozen table.
 struct Column {
   const float* values;   // [n], ascending, NaN last
-  const float* coarse;   // every value whose position is a multiple of COARSE
+  const float* coarse;   // every COARSE-th value, every COARSE-th of those, and so on, each filled up with NaN
   const int32_t* ranks;  // of the values in the whole column, or null
   size_t n;
   int32_t count;
   float skewness;
+  int levels;
+  size_t level[8];  // where the levels begin in `coarse`, the finest first; the last one holds COARSE values
 };
 constexpr size_t COARSE = 16;
 enum class Tails { ecod, copod, paper, sides };
