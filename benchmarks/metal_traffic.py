@@ -10,7 +10,8 @@ that load four values each touch one line more than they fill: 9 for 8 in float3
 would add a sample's squares in an order that depends on where in the batch it stands, and its norm must not.
 
 A product of matrices reads its inputs many times. What its kernels request stands beside what tiles of 32 x 32 would,
-as 32 KiB of threadgroup memory allow them: `tiled`, from shapes alone.
+as 32 KiB of threadgroup memory allow them: `tiled`, from shapes alone. So do nearest neighbours, with one more read of
+each neighbour, whose distance is computed again in subtracted form.
 
 A case that requests more than 1.05 of the least (noisy copies: 1.02), or 1.1 of `tiled`, has failed its check.
 """
@@ -116,6 +117,18 @@ def tails_cases():
         yield f"tails.mahalanobis.{n}x{d}", lambda x=x, m=mean, c=lower: [bw.mahalanobis(x, m, c)], solve
 
 
+def tiled_knn(n, m, d, k):
+    """Bytes that all distances move in tiles of 32 x 32 pairs; then each neighbour is read once more, and comes out."""
+    return sum((a + b) * d * 4 for a in spans(n) for b in spans(m)) + n * k * (4 * d + 8)
+
+
+def knn_cases():
+    """Names, what runs, and the bytes that a tiling of 32 x 32 moves."""
+    for n, m, d, k in ((128, 3000, 128, 10), (65, 2500, 301, 10), (33, 1500, 300, 40)):
+        x, y = normals((n, d)), normals((m, d))[::-1]
+        yield f"neighbors.knn.{n}x{m}x{d}_k{k}", lambda x=x, y=y, k=k: [*bw.knn(x, y, k)], tiled_knn(n, m, d, k)
+
+
 def cases():
     """Names, and what runs."""
     for n in (1000, 32_000, 400_003):
@@ -132,6 +145,7 @@ def cases():
     yield "clip.clip_and_sum.9_leaves_bfloat16", lambda: bw.clip_and_sum(leaves, 1.0)[0]
     yield from tree_cases()
     yield from ghost_cases()
+    yield from knn_cases()
     yield from smooth_cases()
     yield from tails_cases()
 

@@ -52,18 +52,24 @@ inline void load_tile(
   }
 }
 
+constant uint HELD = 8u;  // keys of a list that a lane has in registers: lists of small k are read once
+
+inline uint count_below(thread const uint* keys, device const float* low, uint size, uint most, uint lane) {
+  uint count = 0u;
+  for (uint i = 0u; i < HELD; i++) count += keys[i] < most ? 1u : 0u;
+  for (uint i = HELD * 32u + lane; i < size; i += 32u) count += sortable(low[i]) < most ? 1u : 0u;
+  return simd_sum(count);
+}
+
 // The `kept` smallest of a list stay, in their order; the largest of them is returned. A simdgroup works alone.
 inline float shrink(device float* low, device uint* index, uint size, uint kept, uint lane) {
   simdgroup_barrier(mem_flags::mem_device);
+  uint keys[HELD];
+  for (uint i = 0u; i < HELD; i++) keys[i] = i * 32u + lane < size ? sortable(low[i * 32u + lane]) : NOBODY;
   uint last = 0u;  // the `kept`-th smallest, bit by bit
-  for (uint bit = 0x80000000u; bit != 0u; bit >>= 1) {
-    uint count = 0u;
-    for (uint i = lane; i < size; i += 32u) count += sortable(low[i]) < (last | bit) ? 1u : 0u;
-    if (simd_sum(count) < kept) last |= bit;
-  }
-  uint below = 0u;
-  for (uint i = lane; i < size; i += 32u) below += sortable(low[i]) < last ? 1u : 0u;
-  uint equal = kept - simd_sum(below), to = 0u;  // so many of the equal ones stay
+  for (uint bit = 0x80000000u; bit != 0u; bit >>= 1)
+    if (count_below(keys, low, size, last | bit, lane) < kept) last |= bit;
+  uint equal = kept - count_below(keys, low, size, last, lane), to = 0u;  // so many of the equal ones stay
   for (uint at = 0u; at < size; at += 32u) {
     bool exists = at + lane < size;
     float value = exists ? low[at + lane] : FAR;
@@ -103,6 +109,10 @@ inline float shrink(device float* low, device uint* index, uint size, uint kept,
     size[r] = 0u;
     most[r] = FAR;
   }
+  uint mine = first + sg * ROWS + lane;  // a lane has the bound of a row, for all
+  bool has_row = lane < ROWS && mine < sizes.n;
+  float error = has_row ? x_error[mine] : 0.0f;
+  int barred = excludes && has_row ? exclude[mine] : -1;
   uint row = sg / 2u * 32u, column = sg % 2u * 32u;
   for (uint j = begin; j < end; j += TILE) {
     Block<4> c;
@@ -125,20 +135,21 @@ inline float shrink(device float* low, device uint* index, uint size, uint kept,
         products[at + 1u] = elements(c.part[m][n]).y;
       }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (uint r = 0u; r < ROWS; r++) {
-      uint i = first + sg * ROWS + r;
-      if (i >= sizes.n) break;
-      ulong list = (ulong(i) * sizes.segments + segment) * sizes.room;
-      for (uint part = 0u; part < TILE; part += 32u) {
-        uint other = j + part + lane;
-        float key = FAR;
-        if (other < end && !(excludes && exclude[i] == int(other)))
-          key = y_low[other] - products[(sg * ROWS + r) * (TILE + 1u) + part + lane] - x_error[i] * y_length[other];
-        uint joins = key < most[r] ? 1u : 0u;
+    for (uint part = 0u; part < TILE; part += 32u) {
+      uint other = j + part + lane;
+      float least = other < end ? y_low[other] : FAR, length = other < end ? y_length[other] : 0.0f;
+      for (uint r = 0u; r < ROWS; r++) {
+        uint i = first + sg * ROWS + r;
+        if (i >= sizes.n) break;
+        ulong list = (ulong(i) * sizes.segments + segment) * sizes.room;
+        float product = products[(sg * ROWS + r) * (TILE + 1u) + part + lane];
+        float key = least - product - simd_shuffle(error, ushort(r)) * length;
+        if (excludes && simd_shuffle(barred, ushort(r)) == int(other)) key = FAR;
+        uint joins = other < end && key < most[r] ? 1u : 0u;
         if (size[r] + simd_sum(joins) > sizes.room) {
           most[r] = shrink(low + list, index + list, size[r], sizes.kept, lane);
           size[r] = sizes.kept;
-          joins = key < most[r] ? 1u : 0u;
+          joins = other < end && key < most[r] ? 1u : 0u;
         }
         uint to = size[r] + simd_prefix_exclusive_sum(joins);
         if (joins != 0u) {
@@ -164,24 +175,40 @@ inline float shrink(device float* low, device uint* index, uint size, uint kept,
   }
 }
 
-// What is returned of two rows, computed by a simdgroup; smaller is nearer.
-inline float distance(device const float* x, device const float* y, uint d, float unit, uint lane) {
-  float sum = 0.0f, x_squares = 0.0f, y_squares = 0.0f;
+constant uint GROUP = 4u;  // rows of y that a simdgroup takes at once
+
+struct Rows {
+  device const float* row[GROUP];
+};
+
+// What is returned of x and each of the rows, computed by a simdgroup; smaller is nearer.
+inline void distances_of(
+    thread float* values, device const float* x, thread const Rows& y, uint d, float unit, uint lane) {
+  float sum[GROUP], squares[GROUP], x_squares = 0.0f;
+  for (uint q = 0u; q < GROUP; q++) {
+    sum[q] = 0.0f;
+    squares[q] = 0.0f;
+  }
   for (uint c = lane; c < d; c += 32u) {
-    float a = x[c], b = y[c], difference = a - b;
-    sum = by_product ? fma(a, b, sum) : fma(difference, difference, sum);
-    if (by_cosine) {
-      x_squares = fma(a, a, x_squares);
-      y_squares = fma(b, b, y_squares);
+    float a = x[c];
+    if (by_cosine) x_squares = fma(a, a, x_squares);
+    for (uint q = 0u; q < GROUP; q++) {
+      float b = y.row[q][c], difference = a - b;
+      sum[q] = by_product ? fma(a, b, sum[q]) : fma(difference, difference, sum[q]);
+      if (by_cosine) squares[q] = fma(b, b, squares[q]);
     }
   }
-  sum = simd_sum(sum);
-  if (by_product) return 0.0f - sum * unit * unit;
-  if (by_cosine) {
-    float zeros = (simd_sum(x_squares) == 0.0f ? 1.0f : 0.0f) + (simd_sum(y_squares) == 0.0f ? 1.0f : 0.0f);
-    return 0.5f * (sum + zeros);
+  x_squares = by_cosine ? simd_sum(x_squares) : 0.0f;
+  for (uint q = 0u; q < GROUP; q++) {
+    float total = simd_sum(sum[q]), others = by_cosine ? simd_sum(squares[q]) : 0.0f;
+    float zeros = (x_squares == 0.0f ? 1.0f : 0.0f) + (others == 0.0f ? 1.0f : 0.0f);
+    if (by_product)
+      values[q] = 0.0f - total * unit * unit;
+    else if (by_cosine)
+      values[q] = 0.5f * (total + zeros);
+    else
+      values[q] = by_root ? sqrt(total) * unit : total * unit * unit;
   }
-  return by_root ? sqrt(sum) * unit : sum * unit * unit;
 }
 
 // Whether no row whose key is `bound` or more can be as near as `value`: `constant_part` of a row of x is what keys lack.
@@ -200,16 +227,22 @@ inline bool is_beyond(float bound, float value, float constant_part, float unit,
   return half_square - constant_part + slack < bound;
 }
 
-// The smallest in front, equal ones by their index. `count` is a power of two.
-inline void sort(threadgroup uint* key, threadgroup uint* index, uint count, uint t) {
-  for (uint size = 2u; size <= count; size *= 2u)
-    for (uint stride = size / 2u; stride > 0u; stride /= 2u) {
+// The smallest in front, equal ones by their index.
+inline void sort(threadgroup uint* key, threadgroup uint* index, uint size, uint t) {
+  uint count = 2u;
+  while (count < size) count *= 2u;
+  for (uint e = size + t; e < count; e += THREADS) {
+    key[e] = NOBODY;
+    index[e] = NOBODY;
+  }
+  for (uint run = 2u; run <= count; run *= 2u)
+    for (uint stride = run / 2u; stride > 0u; stride /= 2u) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
       for (uint p = t; p < count / 2u; p += THREADS) {
         uint a = 2u * p - (p & (stride - 1u)), b = a + stride;
         uint a_key = key[a], b_key = key[b], a_index = index[a], b_index = index[b];
         bool swaps = a_key > b_key || (a_key == b_key && a_index > b_index);
-        if (swaps == ((a & size) == 0u)) {
+        if (swaps == ((a & run) == 0u)) {
           key[a] = b_key;
           key[b] = a_key;
           index[a] = b_index;
@@ -225,50 +258,60 @@ inline void sort(threadgroup uint* key, threadgroup uint* index, uint count, uin
 [[kernel]] [[max_total_threads_per_threadgroup(128)]] void choose_nearest(
     device const float* x [[buffer(0)]], device const float* y [[buffer(1)]],
     device const float* x_constant [[buffer(2)]], device const float* y_low [[buffer(3)]],
-    device const int* exclude [[buffer(4)]], device const uint* candidates [[buffer(5)]],
-    device const uint* filled [[buffer(6)]], device const float* bound [[buffer(7)]],
-    device const float* unit [[buffer(8)]], device float* distances [[buffer(9)]], device int* indices [[buffer(10)]],
-    constant Sizes& sizes [[buffer(11)]], constant float& rounding [[buffer(12)]],
+    device const int* exclude [[buffer(4)]], device const float* low [[buffer(5)]],
+    device const uint* candidates [[buffer(6)]], device const uint* filled [[buffer(7)]],
+    device const float* bound [[buffer(8)]], device const float* unit [[buffer(9)]],
+    device float* distances [[buffer(10)]], device int* indices [[buffer(11)]], constant Sizes& sizes [[buffer(12)]],
+    constant float& rounding [[buffer(13)]],
     uint i [[threadgroup_position_in_grid]], uint t [[thread_index_in_threadgroup]],
     uint lane [[thread_index_in_simdgroup]], uint sg [[simdgroup_index_in_threadgroup]]) {
   threadgroup uint key[SORTED];
   threadgroup uint index[SORTED];
   bool works = x_constant[i] < FAR;  // or the row is not finite
   uint total = 0u, have = 0u;
-  float least = FAR;
+  float least = FAR, scale = unit[0];
   for (uint s = 0u; works && s < sizes.segments; s++) {
-    total += filled[ulong(i) * sizes.segments + s];
-    least = min(least, bound[ulong(i) * sizes.segments + s]);
+    ulong list = ulong(i) * sizes.segments + s;
+    uint size = filled[list];
+    for (uint e = t; e < size; e += THREADS) {
+      key[total + e] = sortable(low[list * sizes.room + e]);
+      index[total + e] = candidates[list * sizes.room + e];
+    }
+    total += size;
+    least = min(least, bound[list]);
+  }
+  if (total > sizes.kept) {  // of several parts: the best of all
+    sort(key, index, total, t);
+    least = min(least, unsorted(key[sizes.kept]));
+    total = sizes.kept;
   }
   bool all = false;
   for (uint at = 0u; at < total;) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    uint taken = min(SORTED - have, total - at), count = 2u;
-    while (count < have + taken) count *= 2u;
-    for (uint e = sg; e < taken; e += THREADS / 32u) {
-      uint j = at + e;
-      if (!all) {
-        ulong list = ulong(i) * sizes.segments;
-        for (; j >= filled[list]; list++) j -= filled[list];
-        j = candidates[list * sizes.room + j];
+    uint taken = min(SORTED - have, total - at);
+    for (uint e = sg * GROUP; e < taken; e += GROUP * (THREADS / 32u)) {
+      Rows rows;
+      uint j[GROUP];
+      float values[GROUP];
+      for (uint q = 0u; q < GROUP; q++) {
+        uint last = min(e + q, taken - 1u);
+        j[q] = all ? at + last : index[last];
+        rows.row[q] = y + ulong(j[q]) * sizes.d;
       }
-      bool counts = !all || (y_low[j] < FAR && !(excludes && exclude[i] == int(j)));
-      uint value = NOBODY;
-      if (counts) value = sortable(distance(x + ulong(i) * sizes.d, y + ulong(j) * sizes.d, sizes.d, unit[0], lane));
-      if (lane == 0u) {
-        key[have + e] = value;
-        index[have + e] = counts ? j : NOBODY;
+      distances_of(values, x + ulong(i) * sizes.d, rows, sizes.d, scale, lane);
+      for (uint q = 0u; q < GROUP && e + q < taken; q++) {
+        bool counts = !all || (y_low[j[q]] < FAR && !(excludes && exclude[i] == int(j[q])));
+        if (lane == 0u) {
+          key[have + e + q] = counts ? sortable(values[q]) : NOBODY;
+          if (all) index[have + e + q] = counts ? j[q] : NOBODY;
+        }
       }
     }
-    for (uint e = have + taken + t; e < count; e += THREADS) {
-      key[e] = NOBODY;
-      index[e] = NOBODY;
-    }
-    sort(key, index, count, t);
+    sort(key, index, have + taken, t);
     at += taken;
     have = min(sizes.k, have + taken);
     if (!all && least < FAR) {
-      all = !is_beyond(least, unsorted(key[sizes.k - 1u]), x_constant[i], unit[0], rounding);
+      all = !is_beyond(least, unsorted(key[sizes.k - 1u]), x_constant[i], scale, rounding);
       if (all) {
         at = 0u;
         have = 0u;

@@ -9,7 +9,7 @@ namespace bulwark {
 namespace {
 constexpr uint32_t THREADS = 128, TILE = 64, SORTED = 2048;
 constexpr uint32_t BUSY = 256;  // threadgroups: some for each of 80 cores
-constexpr uint32_t LEAST_COLUMNS = 256, MOST_SEGMENTS = 16;
+constexpr uint32_t LEAST_COLUMNS = 512, MOST_SEGMENTS = 16;
 
 uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
@@ -19,8 +19,8 @@ struct Sizes {  // as in neighbors.metal
 
 Sizes sizes_of(const mx::array& x, const mx::array& y, int k) {
   Sizes s{uint32_t(x.shape(0)), uint32_t(y.shape(0)), uint32_t(x.shape(1)), uint32_t(k), 0, 0, 1, 0};
-  s.kept = s.k + s.k / 4 + 16;
-  s.room = s.kept + std::max<uint32_t>(64, s.kept / 4);
+  s.kept = s.k + s.k / 8 + 16;
+  s.room = std::max(s.kept <= 96 ? 128u : 256u, s.kept + std::max(32u, s.kept / 4));
   const uint32_t wanted = ceil_div(BUSY, ceil_div(s.n, TILE));
   s.segments = std::max(1u, std::min({wanted, ceil_div(s.m, LEAST_COLUMNS), SORTED / s.kept, MOST_SEGMENTS}));
   s.columns = ceil_div(ceil_div(s.m, s.segments), TILE) * TILE;
@@ -51,7 +51,7 @@ void Knn::metal(const Arrays& in, Arrays& out) {
   KernelCall choose{neighbors_source, "choose_nearest", s.n, THREADS};
   choose.in(x).in(y).in(p[5]).in(p[7]);
   excludes ? choose.in(exclude) : choose.unused();
-  choose.in(index).in(filled).in(bound).in(p[8]).out(out[0]).out(out[1]).bytes(s);
+  choose.in(low).in(index).in(filled).in(bound).in(p[8]).out(out[0]).out(out[1]).bytes(s);
   choose.bytes(float(s.d + 32) * 0x1p-23f).constant(0, excludes).constant(1, metric_ == Metric::inner_product);
   launch(stream(), choose.constant(2, metric_ == Metric::cosine).constant(3, metric_ == Metric::euclidean));
 }
