@@ -18,6 +18,7 @@ A case that requests more than 1.05 of the least (noisy copies: 1.02), or 1.1 of
 
 import math
 import sys
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -129,6 +130,15 @@ def knn_cases():
         yield f"neighbors.knn.{n}x{m}x{d}_k{k}", lambda x=x, y=y, k=k: [*bw.knn(x, y, k)], tiled_knn(n, m, d, k)
 
 
+def step_cases():
+    """Samples that the registers of a threadgroup hold; longer ones are read in each pass of l2 and l1."""
+    for shape in ((2000, 30), (64, 784), (16, 3072), (5, 8191)):
+        x, grad, origin = (mx.random.uniform(shape=shape, key=mx.random.key(i)) for i in range(3))
+        for norm, eps in (("linf", 0.1), ("l2", 1.0), ("l1", 5.0)):
+            run = partial(bw.projected_step, x, grad, origin, eps, eps / 2, norm, (0, 1))
+            yield f"step.{norm}.{shape[0]}x{shape[1]}", lambda f=run: [f()]
+
+
 def cases():
     """Names, and what runs."""
     for n in (1000, 32_000, 400_003):
@@ -148,6 +158,7 @@ def cases():
     yield from knn_cases()
     yield from smooth_cases()
     yield from tails_cases()
+    yield from step_cases()
 
 
 def tree_cases():

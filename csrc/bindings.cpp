@@ -26,6 +26,7 @@
 #include "neighbors/neighbors.h"
 #include "noise/noise.h"
 #include "smooth/smooth.h"
+#include "step/step.h"
 #include "tails/tails.h"
 
 namespace nb = nanobind;
@@ -77,7 +78,8 @@ NB_MODULE(_ext, m) {
   m.def("on_metal", [](mx::StreamOrDevice s) { return on_metal(mx::to_stream(s)); }, "stream"_a = nb::none());
   m.def("sources", [] {
     std::vector<std::tuple<std::string, std::string, std::string>> all;
-    for (auto* s : {&noise_source, &clip_source, &ghost_source, &neighbors_source, &smooth_source, &tails_source})
+    for (auto* s :
+         {&noise_source, &clip_source, &ghost_source, &neighbors_source, &smooth_source, &step_source, &tails_source})
       all.emplace_back(s->name, s->text, s->hash);
     return all;
   });
@@ -118,6 +120,9 @@ NB_MODULE(_ext, m) {
   m.def("noisy_copies", &noisy_copies, "x"_a, "n"_a, "sigma"_a, "key"_a, "counter"_a, "uniform"_a, "bounds"_a,
         "levels"_a, "stream"_a = nb::none());
   m.def("count_votes", &count_votes, "logits"_a, "counts"_a, "stream"_a = nb::none());
+
+  m.def("projected_step", &projected_step, "x"_a, "grad"_a, "origin"_a, "eps"_a, "alpha"_a, "norm"_a, "low"_a, "high"_a,
+        "stream"_a = nb::none());
 
   m.def("column_stats", &column_stats, "x"_a, "stream"_a = nb::none());
   m.def("quantile_table", &quantile_table, "x"_a, "stream"_a = nb::none());

@@ -110,6 +110,17 @@ def noisy_copies(
     stream: Any = None,
 ) -> mx.array: ...
 def count_votes(logits: mx.array, counts: mx.array, stream: Any = None) -> mx.array: ...
+def projected_step(
+    x: mx.array,
+    grad: mx.array,
+    origin: mx.array,
+    eps: mx.array,
+    alpha: mx.array,
+    norm: int,
+    low: float,
+    high: float,
+    stream: Any = None,
+) -> mx.array: ...
 def column_stats(x: mx.array, stream: Any = None) -> list[mx.array]: ...
 def quantile_table(x: mx.array, stream: Any = None) -> list[mx.array]: ...
 def tail_scores(

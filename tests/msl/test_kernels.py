@@ -107,7 +107,24 @@ def tails():
         yield bw.mahalanobis(rand((67, d)), rand((d,), seed=1), mx.tril(0.1 * rand((d, d))) + mx.eye(d))
 
 
-FAMILIES = {"noise": noise, "clip": clip, "ghost": ghost, "smooth": smooth, "neighbors": neighbors, "tails": tails}
+def step():
+    """Samples that a threadgroup holds, and one that it does not."""
+    for shape in ((3, 40), (2, 700), (1, 8200)):
+        x, grad, origin = (mx.clip(rand(shape, mx.bfloat16, i), 0, 1) for i in range(3))
+        eps = mx.arange(1, shape[0] + 1).astype(mx.float32) * (0.1 * shape[1])
+        for norm in ("linf", "l2", "l1"):
+            yield bw.projected_step(x, grad, origin, eps, 0.5 * shape[1], norm, (0, 1))
+
+
+FAMILIES = {
+    "noise": noise,
+    "clip": clip,
+    "ghost": ghost,
+    "smooth": smooth,
+    "neighbors": neighbors,
+    "tails": tails,
+    "step": step,
+}
 
 
 def results(family):
@@ -245,6 +262,11 @@ PLANTED = {
     "a value of the copy before": ("smooth", "if (i >= n) i -= n;", "", None),
     "NaN votes": ("smooth", "if (is_nan(x)) return 0xffffffffu;", "", None),
     "ties to the higher class": ("smooth", "index < winner", "index > winner", None),
+    "rounded away from the origin": ("step", "ushort(bits - 1) : ushort(bits + 1)", "bits : bits", None),
+    "zeros that step": ("step", "(bits & 0x7fffffffu) == 0u", "false", None),
+    "radius of another sample": ("step", "by_sample[EPS] != 0u ? row : 0u", "0u", None),
+    "bounds forgotten": ("step", "origin - bounds[LOW] : bounds[HIGH] - origin", "1.0f : 1.0f", None),
+    "a threshold too small": ("step", "threshold = high;", "threshold = high * 0.99f;", None),
     "votes of other slots": ("smooth", "if (slot < n) atomic", "atomic", "out-of-bounds"),
 }
 

@@ -168,7 +168,7 @@ def test_a_gradient_of_zeros_moves_nothing(backend, norm):
     np.testing.assert_allclose(f64(got), f64(x), atol=1e-7)
 
 
-@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("scale", [1e-37, 1e-30, 1.0, 1e30])
 @pytest.mark.parametrize("norm", step.NORMS)
 def test_the_size_of_a_gradient_does_not_matter(backend, norm, scale):
     """Models whose gradients nearly vanish are what an attack must not stop at."""
@@ -197,8 +197,10 @@ def test_non_contiguous(backend, norm):
     assert bool((got == expected).all().item())
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])  # MLX's compiler takes half a minute for the reference of l1
+@pytest.mark.parametrize("norm", step.NORMS)
 def test_compiled_and_without_a_derivative(backend, norm):
+    if (backend, norm) == ("reference", "l1"):
+        pytest.skip("MLX's compiler takes half a minute for its bisection")
     x, grad, origin = inputs((3, 40))
     eps = mx.array([0.5, 1.0, 2.0])
     f = mx.compile(lambda *a: bw.projected_step(*a, 0.3, norm, (0, 1)))

@@ -5,8 +5,10 @@ from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 
+from .. import _native
 from .._native import Stream
-from .noise import FLOATS, _is_int, _on
+from .noise import FLOATS, _integers, _is_int, _on
+from .smooth import _float_of
 
 Norm = Literal["linf", "l2", "l1"]
 
@@ -69,16 +71,29 @@ def projected_step(
         A. Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018; F. Croce and M. Hein,
         "Mind the Box: l1-APGD for Sparse Adversarial Attacks on Image Classifiers", 2021.
     """
-    op = "projected_step"
-    _check_inputs(op, x, grad=grad, origin=origin)
-    length = _a_sample(op, "alpha", alpha, x)
-    ball = _Ball(_a_sample(op, "eps", eps, x), _check_norm(op, norm), *_bounds(op, bounds))
+    length, ball = _step_inputs(x, grad, origin, eps, alpha, norm, bounds)
+    if _native.runs_native(stream):
+        order = NORMS.index(norm)
+        return _native.ext.projected_step(x, grad, origin, ball.eps, length, order, ball.low, ball.high, stream)
     with _on(stream):
-        rows, steps, origins = (mx.stop_gradient(_rows(a)) for a in (x, grad, origin))
-        step = length * _direction(steps, norm)
-        if norm == "linf":
-            return _bounded(origins, _between(rows + step, origins - ball.eps, origins + ball.eps), ball, x)
-        return _bounded(origins, origins + _inside(origins, rows - origins + step, ball), ball, x)
+        return _projected_step(x, grad, origin, length, ball)
+
+
+def projected_step_reference(
+    x: mx.array,
+    grad: mx.array,
+    origin: mx.array,
+    eps: float | mx.array,
+    alpha: float | mx.array,
+    norm: Norm = "linf",
+    bounds: tuple[float, float] | None = None,
+    *,
+    stream: Stream = None,
+) -> mx.array:
+    """Compute ``projected_step`` by plain MLX ops."""
+    length, ball = _step_inputs(x, grad, origin, eps, alpha, norm, bounds)
+    with _on(stream):
+        return _projected_step(x, grad, origin, length, ball)
 
 
 def random_start(
@@ -127,6 +142,15 @@ def random_start(
 
 
 # Checks
+
+
+def _step_inputs(
+    x: Any, grad: Any, origin: Any, eps: Any, alpha: Any, norm: Any, bounds: Any
+) -> tuple[mx.array, _Ball]:
+    op = "projected_step"
+    _check_inputs(op, x, grad=grad, origin=origin)
+    length = _a_sample(op, "alpha", alpha, x)
+    return length, _Ball(_a_sample(op, "eps", eps, x), _check_norm(op, norm), *_bounds(op, bounds))
 
 
 def _check_inputs(op: str, x: Any, **others: Any) -> None:
@@ -188,6 +212,22 @@ def _seed(seed: Any) -> mx.array:
 
 
 # The reference: samples are rows, in float32.
+
+
+@_native.reference("projected_step")
+def _(arrays: list[mx.array], stream: Any) -> list[mx.array]:
+    x, grad, origin, eps, alpha, parameters = arrays
+    norm, low, high = _integers(parameters)
+    with _on(stream):
+        return [_projected_step(x, grad, origin, alpha, _Ball(eps, NORMS[norm], _float_of(low), _float_of(high)))]
+
+
+def _projected_step(x: mx.array, grad: mx.array, origin: mx.array, length: mx.array, ball: _Ball) -> mx.array:
+    rows, steps, origins = (mx.stop_gradient(_rows(a)) for a in (x, grad, origin))
+    step = length * _direction(steps, ball.norm)
+    if ball.norm == "linf":
+        return _bounded(origins, _between(rows + step, origins - ball.eps, origins + ball.eps), ball, x)
+    return _bounded(origins, origins + _inside(origins, rows - origins + step, ball), ball, x)
 
 
 def _rows(x: mx.array) -> mx.array:
