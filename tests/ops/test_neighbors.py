@@ -175,6 +175,14 @@ def test_near_duplicates(backend):
     assert_knn(100.0 * x + 50, 100.0 * near + 50, 4)
 
 
+def test_rows_that_products_cannot_tell_apart(backend):
+    """Two places far from the centre, around each of them distances below the rounding of a product of rows."""
+    sides = mx.where(mx.arange(240) % 2 == 0, 10.0, -10.0)[:, None]
+    assert_knn(sides[:8] + 1e-4 * rand((8, 3)), sides + 1e-4 * rand((240, 3), seed=1), 4)
+    if backend != "metal-sim":
+        assert_knn(sides + 1e-4 * rand((240, 3), seed=1), None, 4)
+
+
 @pytest.mark.parametrize("metric", ["euclidean", "cosine"])
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e18, 1e30])
 def test_magnitudes(backend, metric, scale):
