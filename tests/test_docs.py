@@ -30,7 +30,7 @@ def test_named_files_exist(document):
 def test_readme_gives_the_two_commands():
     commands = [line for block in blocks("README.md", "sh") for line in block.splitlines()]
     assert 'pip install ".[demo]" && mlx-bulwark demo' in commands
-    assert 'pip install ".[test]" && pytest' in commands
+    assert 'pip install ".[test]" && pytest -n 2 --dist worksteal' in commands
 
 
 def test_readme_python_runs(tmp_path, monkeypatch):
