@@ -322,6 +322,19 @@ def test_shapeless_compile(backend):
         assert_sum(fused(g), g, mx.array(factors64(norms64([g]), 1.0).astype(np.float32)))
 
 
+def test_vmap_of_norms_or_of_the_mask_alone(backend):
+    norms = mx.array([[0.25, 4.0, float("inf")], [9.0, float("nan"), 1.0]])
+    masks = mx.array([[True, False, True], [False, True, True]])
+    for f, batch in (
+        (lambda n: bw.clip_factors(n, 1.0, mask=masks[0]), norms),
+        (lambda m: bw.clip_factors(norms[1], 1.0, mask=m), masks),
+    ):
+        out, refused = mx.vmap(f)(batch)
+        for i, each in enumerate(batch):
+            assert out[i].tolist() == f(each).factors.tolist()
+            assert refused[i].item() == f(each).num_refused.item()
+
+
 def test_vmap(backend):
     x, f = rand((3, 4, 7)), mx.abs(rand((3, 4), seed=1))
     out = mx.vmap(bw.sample_sq_norms)(x)

@@ -446,6 +446,19 @@ def test_vmap(backend):
     np.testing.assert_allclose(np64(out), linear64(x[0], dy[0])[0], rtol=1e-5, atol=1e-6)
 
 
+def test_vmap_of_one_side_of_a_lookup(backend):
+    tokens, dy = mx.array([[1, 0, 1], [2, 2, -1]], mx.int32), rand((2, 2, 3, 4))
+    factors = mx.array([[0.0, 1.0], [0.5, 0.0]])
+    x, dy_linear = rand((2, 3, 4), seed=1), rand((2, 3, 5), seed=2)
+    for f, batch in (
+        (lambda d: bw.embedding_sq_norms(tokens, d, padding_index=0), dy),
+        (lambda t: bw.embedding_sq_norms(t, dy[0]), mx.stack([tokens, tokens[::-1]])),
+        (lambda f: bw.embedding_clipped_sum(tokens, dy[0], f, 5), factors),
+        (lambda d: bw.embedding_linear_products(tokens, d, x, dy_linear), dy),
+    ):
+        np.testing.assert_allclose(np64(mx.vmap(f)(batch)), [np64(f(each)) for each in batch], rtol=1e-5, atol=1e-6)
+
+
 def test_grad(backend):
     x, dy, s = rand((3, 4, 5)), rand((3, 4, 2), seed=1), mx.array([0, 1, 0])
 

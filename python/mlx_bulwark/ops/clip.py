@@ -131,8 +131,9 @@ def clip_factors(
 def _factors(sq_norms: mx.array, bound: mx.array, mode: str, mask: mx.array | None) -> ClipFactors:
     counts = mx.ones_like(sq_norms, dtype=mx.bool_) if mask is None else mask
     finite = mx.isfinite(sq_norms)
-    kept = counts & finite
-    positive = kept & (sq_norms > 0)
+    # Not by `&`: where one side is batched alone, vmap gets it wrong.
+    kept = mx.logical_and(counts, finite)
+    positive = mx.logical_and(kept, sq_norms > 0)
     # Branches that are not taken hold harmless values too: 0 times their derivative must not be NaN.
     norms = mx.where(positive, mx.sqrt(mx.where(positive, sq_norms, 1.0)), 0.0)
     if mode == "automatic":
@@ -140,7 +141,7 @@ def _factors(sq_norms: mx.array, bound: mx.array, mode: str, mask: mx.array | No
     else:
         norms = norms + 1e-6
         factors = mx.where(bound >= norms, 1.0, mx.where(bound == math.inf, 1.0, bound) / norms)
-    return ClipFactors(mx.where(kept, factors, 0.0), mx.sum(counts & ~finite).astype(mx.int32))
+    return ClipFactors(mx.where(kept, factors, 0.0), mx.sum(mx.logical_and(counts, mx.logical_not(finite))).astype(mx.int32))
 
 
 def clipped_sum(

@@ -666,7 +666,8 @@ def _embedding_sq_norms_reference(
         return mx.zeros((units,))
     # Rows of one token of one unit are added up at the first of them: nothing of the vocabulary's size, nor T x T.
     ids = segments[0] if segments else mx.arange(t.shape[0])
-    kept = (t >= 0) & ((ids >= 0) & (ids < units))[:, None]
+    # Not by `&`: where one side is batched alone, vmap gets it wrong.
+    kept = mx.logical_and(t >= 0, mx.logical_and(ids >= 0, ids < units)[:, None])
     unit = mx.broadcast_to(ids[:, None], t.shape).flatten().astype(mx.int64)
     key = mx.where(kept.flatten(), unit * 2**31 + t.flatten(), mx.array(2**62, mx.int64))
     order = mx.argsort(key)
@@ -686,7 +687,7 @@ def _embedding_clipped_sum_reference(
     if t.size == 0:
         return mx.zeros((num_embeddings, d.shape[-1]))
     f = factors.reshape(-1, 1, 1)
-    d = mx.where((f == 0) | (t < 0)[..., None], 0.0, f * d).flatten(0, 1)
+    d = mx.where(mx.logical_or(f == 0, (t < 0)[..., None]), 0.0, f * d).flatten(0, 1)
     return mx.zeros((num_embeddings, d.shape[-1])).at[mx.maximum(t, 0).flatten()].add(d)
 
 
@@ -696,7 +697,7 @@ def _embedding_linear_products_reference(tokens: list[mx.array], dy: list[mx.arr
     ids = call.segments[0] if call.segments else mx.arange(t.shape[0])
     valid = (ids >= 0) & (ids < call.units)
     looked_up = weight[mx.where(valid, ids, 0)[:, None], mx.maximum(t, 0)]
-    kept = valid[:, None, None] & (t >= 0)[..., None]
+    kept = mx.logical_and(valid[:, None, None], (t >= 0)[..., None])
     each = _row_sums(_rows(mx.where(kept, d * looked_up, 0.0)))
     return _by_unit(call.segments, call.units, each)
 
@@ -896,7 +897,7 @@ def _lookups(
         for i, t in enumerate(ts):
             kept = masks[i] if masks else None
             if padding_index is not None:
-                kept = t != padding_index if kept is None else kept & (t != padding_index)
+                kept = t != padding_index if kept is None else mx.logical_and(kept, t != padding_index)
             t = t.astype(mx.int32)
             out.append(t if kept is None else mx.where(kept, t, -1))
         return out, dys

@@ -300,7 +300,7 @@ def _rounded_towards(origin: mx.array, value: mx.array, dtype: mx.Dtype) -> mx.a
     beyond = mx.abs(wide - origin) > mx.abs(value - origin)
     bits = near.view(mx.int16)
     away = mx.where((wide > origin) == (wide > 0), -1, 1)  # of the magnitude's bits; a value beyond 0 is not 0
-    return mx.where(beyond & (wide != 0), bits + away.astype(mx.int16), bits).view(dtype)
+    return mx.where(mx.logical_and(beyond, wide != 0), bits + away.astype(mx.int16), bits).view(dtype)
 
 
 def _in_unit_ball(shape: tuple[int, ...], norm: str, key: mx.array) -> mx.array:
