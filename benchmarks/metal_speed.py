@@ -3,7 +3,8 @@
 A case knows the bytes that its kernels must move: what they read and write, the gradients twice where norms come before
 the sum. The tests hold that number against the simulator's count, at small sizes. Noise is bound by arithmetic, so its
 share is the lower. So are ghost norms and neighbours: their bytes are each input once, which caches serve again and
-again, and beside them stand the multiplications and additions of their products. The peer is the plain-MLX reference
+again, and beside them stand the multiplications and additions of their products. Scores by columns search a table that
+caches hold as well. The peer is the plain-MLX reference
 under ``mx.compile``, which returns the same values.
 """
 
@@ -49,6 +50,8 @@ class Sizes(NamedTuple):
     width: int = 1024
     copies: int = 10_000
     neighbors: int = 16_384
+    rows: int = 1_000_000
+    samples: int = 4096
 
 
 def cases(sizes: Sizes) -> Iterator[Case]:
@@ -62,6 +65,8 @@ def cases(sizes: Sizes) -> Iterator[Case]:
         yield from _ghost_cases(batch // 4, sizes.tokens, sizes.width, dtype, suffix)
     yield from _smooth_cases(sizes.copies)
     yield _neighbors_case(sizes.neighbors)
+    yield from _tails_cases(sizes.rows)
+    yield from _step_cases(sizes.samples)
 
 
 def _noise_cases(n: int) -> Iterator[Case]:
@@ -163,6 +168,28 @@ def _neighbors_case(n: int, d: int = 128, k: int = 10) -> Case:
     x, y = _normals((n, d)), _normals((n + 1, d))[1:]
     op = partial(bw.knn, k=k)
     return Case(f"neighbors.knn.{n}x{n}x{d}", op, _by_reference(op), [x, y], 2 * x.nbytes + 8 * n * k, 2 * n * n * d)
+
+
+def _tails_cases(n: int, d: int = 64) -> Iterator[Case]:
+    x, center, scale = _normals((n, d)), _normals((d,)), mx.abs(_normals((d,))) + 1
+    table, histogram = bw.quantile_table(x[: n // 10]), bw.histogram_table(x[: n // 10])
+    lower = mx.tril(0.01 * _normals((d, d))) + mx.eye(d)
+    stats = 6 * 4 * d  # all but the two that say what is missing
+    for name, op, nbytes in (
+        ("column_stats", lambda x: list(bw.column_stats(x))[1:5], x.nbytes + stats),
+        ("robust_zscore", lambda x: bw.robust_zscore(x, center, scale), 2 * x.nbytes + 8 * d),
+        ("tail_scores", lambda x: bw.tail_scores(x, table), x.nbytes + table.values.nbytes + 4 * n),
+        ("histogram_scores", lambda x: bw.histogram_scores(x, histogram), x.nbytes + histogram.edges.nbytes + 4 * n),
+        ("mahalanobis", lambda x: bw.mahalanobis(x, center, lower), x.nbytes + 2 * d * (d + 1) + 4 * n),
+    ):
+        yield Case(f"tails.{name}.{n}x{d}", op, _by_reference(op), [x], nbytes)
+
+
+def _step_cases(n: int, d: int = 3072) -> Iterator[Case]:
+    x, grad, origin = (mx.sigmoid(_normals((n + i, d))[i:]) for i in range(3))
+    for norm, eps in (("linf", 0.1), ("l2", 1.0), ("l1", 5.0)):
+        op = partial(bw.projected_step, eps=eps, alpha=eps / 2, norm=norm, bounds=(0, 1))
+        yield Case(f"step.{norm}.{n}x{d}", op, _by_reference(op), [x, grad, origin], 4 * x.nbytes)
 
 
 def _by_reference(op: Callable[..., Any]) -> Callable[..., Any]:

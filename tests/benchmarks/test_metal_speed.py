@@ -14,7 +14,17 @@ from benchmarks import chips, metal_speed  # noqa: E402
 from benchmarks import run as bench_run  # noqa: E402
 
 SMALL = metal_speed.Sizes(
-    values=32_000, batch=64, columns=8_000, leaves=12, leaf=2048, tokens=96, width=64, copies=200, neighbors=150
+    values=32_000,
+    batch=64,
+    columns=8_000,
+    leaves=12,
+    leaf=2048,
+    tokens=96,
+    width=64,
+    copies=200,
+    neighbors=150,
+    rows=3_000,
+    samples=8,
 )
 
 
@@ -70,11 +80,12 @@ def test_bytes_are_those_that_kernels_move(sim, case):
     buffers = [b for call in sim.calls for b in call.buffers.values() if b["space"] == "device"]
     assert sim.reports == []
     family = case.name.partition(".")[0]
-    once = "unique_" if family in ("ghost", "neighbors") else ""  # what is asked for again, caches have
+    once = "unique_" if family in ("ghost", "neighbors", "tails") else ""  # what is asked for again, caches have
     moved = sum(b[f"{once}read"] + b[f"{once}written"] for b in buffers)
     assert case.nbytes <= moved * 1.02
     if family != "neighbors":  # its lists of candidates come on top, which are short where rows are long
-        assert case.nbytes >= moved / 1.08  # factors and partial norms come on top
+        # factors, partial norms, and partial statistics of each 128 rows, seven values a column, come on top
+        assert case.nbytes >= moved / (1.12 if family == "tails" else 1.08)
 
 
 def test_suite_on_the_cpu():
