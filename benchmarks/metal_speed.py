@@ -4,8 +4,7 @@ A case knows the bytes that its kernels must move: what they read and write, the
 the sum. The tests hold that number against the simulator's count, at small sizes. Noise is bound by arithmetic, so its
 share is the lower. So are ghost norms and neighbours: their bytes are each input once, which caches serve again and
 again, and beside them stand the multiplications and additions of their products. Scores by columns search a table that
-caches hold as well. The peer is the plain-MLX reference
-under ``mx.compile``, which returns the same values.
+caches hold as well. The peer is the plain-MLX reference under ``mx.compile``, which returns the same values.
 """
 
 from collections.abc import Callable, Iterator
