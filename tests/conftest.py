@@ -37,6 +37,12 @@ def pytest_sessionstart():
         pytest.exit("BULWARK_EXPECT_METAL is 1 but MLX has no Metal device on this machine", returncode=1)
 
 
+@pytest.fixture(autouse=True)
+def same_start():
+    """Initial weights and shuffles do not depend on which tests a process has run before."""
+    mx.random.seed(0)
+
+
 @pytest.fixture(params=os.environ.get("BULWARK_TEST_BACKENDS", BACKENDS).split(","))
 def backend(request):
     """Run the test once on every backend; ops that are built inside belong to it.

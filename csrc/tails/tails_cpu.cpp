@@ -3,6 +3,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <tuple>
 #include <utility>
 
 #include "common/cpu.h"
@@ -23,6 +24,7 @@ constexpr size_t CHUNK_VALUES = 1 << 20;
 constexpr size_t BIN_ROWS = 2048;  // for which histograms are looked up: a quarter of the second cache
 constexpr size_t FEW_BINS = 48;    // which are compared with one after the other
 constexpr size_t FEW = 256;        // values that are sorted without counting
+constexpr size_t FEWEST_BLOCKS = 64, ROWS_FOR_CELLS = 8;  // cells cost more than they save below, and with fewer rows
 
 size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
@@ -173,7 +175,7 @@ float value_of(uint32_t key) {
 // Sorts the floats of a column in place, NaN last: three passes over 11 bits each, without those that all have alike.
 void sort_column(float* x, size_t n, std::vector<uint32_t>& scratch) {
   constexpr size_t DIGITS = 3, BINS = 2048;
-  scratch.resize(2 * n);
+  if (scratch.size() < 2 * n) scratch.resize(2 * n);
   uint32_t *from = scratch.data(), *to = from + n;
   std::vector<uint32_t> counts(DIGITS * BINS);
   for (size_t i = 0; i < n; i++) {
@@ -258,13 +260,16 @@ struct Table {
   size_t held = 0;  // coarse values of a column
   int levels = 0;
   size_t level[8] = {};
+  std::vector<int32_t> cells{};
+  std::vector<std::pair<float, float>> frames{};  // low and per_value of the columns that have cells
+  size_t number = 0;                              // of cells of a column
 
-  void prepare(size_t d) {
+  void prepare(size_t d, size_t rows) {
     size_t size = n;
     do {
       size = ceil_div(size, COARSE);
       level[levels++] = held;
-      held += ceil_div(size, COARSE) * COARSE;
+      held += ceil_div(size, COARSE) * COARSE + (levels == 1 ? COARSE : 0);  // a search may begin at any value of it
     } while (size > COARSE);
     coarse.assign(d * held, std::numeric_limits<float>::quiet_NaN());
     parallel_for(d, [&](size_t c) {
@@ -277,6 +282,32 @@ struct Table {
         from = to;
       }
     });
+    const size_t blocks = ceil_div(n, COARSE);
+    if (blocks < FEWEST_BLOCKS || rows < n / ROWS_FOR_CELLS) return;
+    number = 2 * blocks;
+    cells.assign(d * (number + 1), 0);
+    frames.assign(d, {0, 0});
+    parallel_for(d, [&](size_t c) { count_cells(c); });
+  }
+
+  // Cells of equal width take a value near to its place at once, where no more than a few hold too many.
+  void count_cells(size_t c) {
+    const float *sorted = values + c * n, *first = &coarse[c * held], low = sorted[0];
+    const float range = counts[c] > 0 ? sorted[counts[c] - 1] - low : 0, per_value = number / range;
+    if (!(std::isfinite(range) && std::isfinite(per_value))) return;
+    const struct {
+      float low, per_value;
+    } frame{low, per_value};
+    int32_t* cell = &cells[c * (number + 1)];
+    const size_t blocks = ceil_div(counts[c], COARSE);
+    for (size_t b = 0; b < blocks; b++)
+      cell[std::min(number - 1, size_t(cell_of(first[b], frame))) + 1]++;
+    size_t crowded = 0;
+    for (size_t k = 1; k <= number; k++) {
+      if (size_t(cell[k]) >= COARSE) crowded += cell[k];
+      cell[k] += cell[k - 1];
+    }
+    if (crowded <= blocks / 512) frames[c] = {low, per_value};
   }
   Column column(size_t c) const {
     Column r{values + c * n,
@@ -286,8 +317,16 @@ struct Table {
              counts[c],
              skewness[c],
              levels,
-             {}};
+             {},
+             nullptr,
+             int32_t(number),
+             0,
+             0};
     std::copy(level, level + 8, r.level);
+    if (number && frames[c].second > 0) {
+      r.grid = &cells[c * (number + 1)];
+      std::tie(r.low, r.per_value) = frames[c];
+    }
     return r;
   }
 };
@@ -456,7 +495,7 @@ void QuantileTable::cpu(const Arrays& in, Arrays& out) {
                     values + column * x.n + row, x.n);
         });
         parallel_for(x.d, [&](size_t c) {
-          std::vector<uint32_t> scratch;
+          static thread_local std::vector<uint32_t> scratch;  // kept: fresh memory costs more than the work on it
           float *column = values + c * x.n, *end = column + x.n;
           sort_column(column, x.n, scratch);
           while (end > column && std::isnan(end[-1])) end--;
@@ -484,7 +523,7 @@ void TailScores::cpu(const Arrays& in, Arrays& out) {
   mx::cpu::get_command_encoder(stream()).dispatch(
       [x = Rows(in[0]), table = std::move(table), kind = kind_, left = to[0], right = to[1]]() mutable {
         if (!x.n) return;
-        table.prepare(x.d);
+        table.prepare(x.d, x.n);
         kind == Tails::sides ? sides(x, table, left, right) : scores(x, table, kind, left);
       });
 }

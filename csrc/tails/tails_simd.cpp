@@ -89,6 +89,7 @@ static void columns(const void* from, size_t stride, size_t rows, size_t cols, f
   auto* x = (const typename F::Value*)from;
   for (size_t at = 0; at < rows; at += STEP) {
     size_t end = at + STEP < rows ? at + STEP : rows;
+    for (size_t r = end; r < end + STEP && r < rows; r++) __builtin_prefetch(x + r * stride);
     for (size_t c = 0; c < cols; c++)
       for (size_t r = at; r < end; r++) y[c * apart + r] = F::scalar(x[r * stride + c]);
   }
@@ -262,7 +263,29 @@ static int32_t count_of(const float* v, float x) {
 // queries before the next one, so that their loads overlap.
 constexpr size_t QUERIES = 32;
 template <bool EQUAL>
+static bool find_by_cells(const Column& column, const float* x, int32_t* at) {
+  int32_t cell[QUERIES], most = 0;
+  for (size_t q = 0; q < QUERIES; q += LANES) {
+    Vec place = cell_of(load<Vec>(x + q), column), last = Vec{} + float(column.cells - 1);
+    place = choose(place > 0, place, Vec{});  // NaN is in the first
+    store(cell + q, __builtin_convertvector(choose(place < last, place, last), Ints));
+  }
+  for (size_t q = 0; q < QUERIES; q++) {
+    const int32_t from = column.grid[cell[q]], held = column.grid[cell[q] + 1] - from;
+    at[q] = from ? from - 1 : 0;
+    most = held > most ? held : most;
+  }
+  if (most >= int32_t(COARSE)) return false;
+  for (size_t q = 0; q < QUERIES; q++) {
+    const int32_t found = count_of<EQUAL>(column.coarse + at[q], x[q]);
+    at[q] += found ? found - 1 : 0;
+  }
+  return true;
+}
+
+template <bool EQUAL>
 static void find_blocks(const Column& column, const float* x, int32_t* at) {
+  if (column.grid && find_by_cells<EQUAL>(column, x, at)) return;
   for (size_t q = 0; q < QUERIES; q++) at[q] = 0;
   for (int l = column.levels; l-- > 0;) {
     const float* level = column.coarse + column.level[l];
@@ -285,25 +308,40 @@ static void count_in_block(const Column& column, size_t block, float x, int32_t&
   up_to = count_of<true>(v, x);
 }
 
-static void positions(const Column& column, const float* x, int32_t* below, int32_t* up_to) {
+// Queries whose blocks are on their way from memory while those before them are counted.
+struct Batch {
+  float query[QUERIES];
   int32_t block[QUERIES];
-  find_blocks<true>(column, x, block);
-  for (size_t q = 0; q < QUERIES; q++) __builtin_prefetch(column.values + block[q] * COARSE);
-  bool ties = false;
-  for (size_t q = 0; q < QUERIES; q++) {
-    count_in_block(column, block[q], x[q], below[q], up_to[q]);
-    ties |= below[q] == 0 && block[q] > 0 && column.values[block[q] * COARSE - 1] == x[q];
-    below[q] += block[q] * COARSE;
-    up_to[q] += block[q] * COARSE;
+
+  void find(const Column& column, const float* x, size_t held) {
+    for (size_t q = held; q < QUERIES; q++) query[q] = 0;
+    memcpy(query, x, held * sizeof(float));
+    if (!column.n) return;
+    find_blocks<true>(column, query, block);
+    for (size_t q = 0; q < QUERIES; q++) __builtin_prefetch(column.values + block[q] * COARSE);
   }
-  if (!ties) return;  // equal values may begin in a block before
-  find_blocks<false>(column, x, block);
-  for (size_t q = 0; q < QUERIES; q++) {
-    int32_t unused;
-    count_in_block(column, block[q], x[q], below[q], unused);
-    below[q] += block[q] * COARSE;
+
+  void count(const Column& column, int32_t* below, int32_t* up_to) {
+    if (!column.n) {
+      memset(below, 0, QUERIES * sizeof(int32_t)), memset(up_to, 0, QUERIES * sizeof(int32_t));
+      return;
+    }
+    bool ties = false;
+    for (size_t q = 0; q < QUERIES; q++) {
+      count_in_block(column, block[q], query[q], below[q], up_to[q]);
+      ties |= below[q] == 0 && block[q] > 0 && column.values[block[q] * COARSE - 1] == query[q];
+      below[q] += block[q] * COARSE;
+      up_to[q] += block[q] * COARSE;
+    }
+    if (!ties) return;  // equal values may begin in a block before
+    find_blocks<false>(column, query, block);
+    for (size_t q = 0; q < QUERIES; q++) {
+      int32_t unused;
+      count_in_block(column, block[q], query[q], below[q], unused);
+      below[q] += block[q] * COARSE;
+    }
   }
-}
+};
 
 // Natural logarithm of normal floats, good to an ulp or two (the polynomial of Cephes).
 static Vec log_of(Vec x) {
@@ -326,15 +364,16 @@ static void tails(const Column& column, Tails kind, const float* x, size_t n, fl
   const float total = column.count > 1 ? column.count : 1;
   const float s = column.skewness;
   const bool lefts = s < 0, rights = s > 0;
+  Batch batches[2];
+  batches[0].find(column, x, n < QUERIES ? n : QUERIES);
   for (size_t at = 0; at < n; at += QUERIES) {
-    const size_t held = n - at < QUERIES ? n - at : QUERIES;
-    float query[QUERIES] = {}, both[2][QUERIES];
+    const size_t held = n - at < QUERIES ? n - at : QUERIES, next = at + QUERIES;
+    Batch& batch = batches[at / QUERIES % 2];
+    if (next < n) batches[next / QUERIES % 2].find(column, x + next, n - next < QUERIES ? n - next : QUERIES);
+    const float* query = batch.query;
+    float both[2][QUERIES];
     int32_t below[QUERIES], up_to[QUERIES];
-    memcpy(query, x + at, held * sizeof(float));
-    if (column.n)
-      positions(column, query, below, up_to);
-    else
-      memset(below, 0, sizeof below), memset(up_to, 0, sizeof up_to);
+    batch.count(column, below, up_to);
     if (column.ranks)
       for (size_t q = 0; q < QUERIES; q++) {
         below[q] = below[q] ? column.ranks[below[q] - 1] + 1 : 0;

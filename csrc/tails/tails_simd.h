@@ -20,8 +20,18 @@ struct Column {
   float skewness;
   int levels;
   size_t level[8];  // where the levels begin in `coarse`, the finest first; the last one holds COARSE values
+  // How many values of the finest level lie in cells before each of equally wide ones, [cells + 1], or null.
+  const int32_t* grid;
+  int32_t cells;
+  float low, per_value;
 };
 constexpr size_t COARSE = 16;
+
+// Rounding keeps order, so what lies in a cell before is smaller, for scalars and vectors alike.
+template <class F, class G>
+F cell_of(F x, const G& column) {
+  return (x - column.low) * column.per_value;
+}
 enum class Tails { ecod, copod, paper, sides };
 
 struct TailsKernels {

@@ -290,6 +290,37 @@ def test_a_score_does_not_depend_on_the_rows_beside_it(backend, method, aggregat
     assert bits(copies) == bits(mx.broadcast_to(together[3], (500,)))
 
 
+def test_scores_of_columns_of_every_kind(backend):
+    """Where values lie evenly a search begins near them; where they crowd, at ties and beyond the ends it must not."""
+    n, rng = sized(backend, 4099), np.random.default_rng(0)
+    normal = rng.standard_normal(n)
+    kinds = {
+        "even": np.arange(n),
+        "normal": normal,
+        "exponential": np.exp(normal),
+        "heavy": normal / rng.standard_normal(n) ** 3,
+        "crowded": np.where(rng.random(n) < 0.99, normal, 1e6 * normal),
+        "few crowded": np.where(np.arange(n) < n // 600, 0.5 + 1e-6 * normal, 100 * rng.random(n)),
+        "ties": rng.integers(0, 300, n),
+        "two": rng.integers(0, 2, n),
+        "constant": np.ones(n),
+        "huge": 3e38 * np.tanh(normal),
+        "tiny": 1e-34 * normal,
+        "missing": np.where(rng.random(n) < 0.3, NAN, normal),
+        "empty": np.full(n, NAN),
+    }
+    train = np.stack(list(kinds.values()), axis=1).astype(np.float32)
+    x = np.concatenate([rng.permutation(train), train * np.float32(1.1), np.nextafter(train, np.float32(INF))])
+    x[:3] = [[INF], [-INF], [NAN]]
+    left, right = sides64(x, train)
+    got = np64(bw.tail_scores(mx.array(x), bw.quantile_table(mx.array(train)), per_column=True))
+    skew = np.sign(np64(bw.quantile_table(mx.array(train)).skewness))
+    want = np.where(skew == 0, left + right, np.maximum(left, right))
+    want[np.isnan(x)] = NAN
+    for c, kind in enumerate(kinds):
+        np.testing.assert_allclose(got[:, c], want[:, c], rtol=2e-6, atol=2e-6, err_msg=kind)
+
+
 def test_nan_and_infinity_in_tails(backend):
     train = holes((200, 4))
     train[:, 3] = NAN

@@ -81,7 +81,9 @@ def test_a_linear_classifier_is_certified_to_its_true_radius(known_key):
     x = (plane + distance[:, None] * w / np.linalg.norm(w)).astype(np.float32)
     model = nn.Sequential(first, sign)
     found = Smooth(model, 2, sigma, exact_first_layer=True).certify(x, n=100_000, batch_size=100_000)
-    assert (found.prediction == classes).all()
+    # 100 votes name the wrong class of the nearest inputs nearly 2 times in 100: then there is no radius
+    assert ((found.prediction == classes) | (found.prediction == ABSTAIN)).all()
+    assert (found.prediction == ABSTAIN).sum() <= 10
     assert (found.radius > true).sum() <= 5
     assert 0.9 <= np.median(found.radius / true) <= 1
 

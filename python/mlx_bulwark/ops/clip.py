@@ -141,7 +141,9 @@ def _factors(sq_norms: mx.array, bound: mx.array, mode: str, mask: mx.array | No
     else:
         norms = norms + 1e-6
         factors = mx.where(bound >= norms, 1.0, mx.where(bound == math.inf, 1.0, bound) / norms)
-    return ClipFactors(mx.where(kept, factors, 0.0), mx.sum(mx.logical_and(counts, mx.logical_not(finite))).astype(mx.int32))
+    return ClipFactors(
+        mx.where(kept, factors, 0.0), mx.sum(mx.logical_and(counts, mx.logical_not(finite))).astype(mx.int32)
+    )
 
 
 def clipped_sum(
