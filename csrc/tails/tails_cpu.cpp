@@ -300,8 +300,7 @@ struct Table {
     } frame{low, per_value};
     int32_t* cell = &cells[c * (number + 1)];
     const size_t blocks = ceil_div(counts[c], COARSE);
-    for (size_t b = 0; b < blocks; b++)
-      cell[std::min(number - 1, size_t(cell_of(first[b], frame))) + 1]++;
+    for (size_t b = 0; b < blocks; b++) cell[std::min(number - 1, size_t(cell_of(first[b], frame))) + 1]++;
     size_t crowded = 0;
     for (size_t k = 1; k <= number; k++) {
       if (size_t(cell[k]) >= COARSE) crowded += cell[k];
