@@ -80,7 +80,9 @@ def test_a_schedule_spends_the_least_noise_of_each_round(sampling, cycle):
     from mlx_bulwark.privacy.events import composed_epsilon, releases_of
     from mlx_bulwark.privacy.plan import make_plan
 
-    sigma = lambda n: [1.0, 3.0, 2.0, 1.5, 4.0, 2.5][n % 6]  # noqa: E731
+    def sigma(n):
+        return [1.0, 3.0, 2.0, 1.5, 4.0, 2.5][n % 6]
+
     plan = make_plan(
         64, batch_size=16, noise_multiplier=sigma, max_grad_norm=1.0, sampling=sampling, cycle_length=cycle
     )

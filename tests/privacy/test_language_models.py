@@ -284,7 +284,10 @@ def test_users_are_units(monkeypatch, capsys, model_of, data, tmp_path):
     rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
     users = tmp_path / "users"
     users.mkdir()
-    write = lambda rows: (users / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))  # noqa: E731
+
+    def write(rows):
+        (users / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
     write([{**row, "user": i % 10 if i % 20 < 10 else str(i % 10)} for i, row in enumerate(rows)])
     file = tmp_path / "figures.json"
     words = ["--unit-key", "user", "--max-rows-per-unit", 3, "--batch-size", 5, "--delta", 0.01, "--json", file]

@@ -95,7 +95,8 @@ def _pack(value: Any, where: str, tensors: dict[str, Any]) -> Any:
         tensors[where] = value
         return {"array": where}
     if type(value).__name__ in _tuples and isinstance(value, tuple):
-        fields = dict(zip(value._fields, value, strict=True))  # type: ignore[attr-defined]
+        named: Any = value
+        fields = named._asdict()
         return {"tuple": type(value).__name__, "fields": _pack_all(fields, where, tensors)}
     if type(value).__name__ in _detectors:
         fitted = {k: v for k, v in vars(value).items() if k.endswith("_") and not k.startswith("__")}

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -126,7 +126,7 @@ def load_model(name: str, weights: Path | None) -> Callable[[mx.array], mx.array
     if not callable(model):
         raise OptionError(f"--model must return a model but {name} returned {type(model).__name__}")
     if weights is None:
-        return model  # type: ignore[no-any-return]
+        return cast(Callable[[mx.array], mx.array], model)
     if not isinstance(model, nn.Module):
         raise OptionError(
             f"--model must return a mlx.nn.Module for --weights but {name} returned {type(model).__name__}"

@@ -154,7 +154,7 @@ def _certified(
                 stream.write(rows[-1].line())
                 stream.flush()
     finally:
-        found.close()  # type: ignore[attr-defined]  # the model gets its mode back
+        found.close()  # the model gets its mode back
         if stream is not None:
             stream.close()
     return rows

@@ -256,7 +256,7 @@ class Smooth:
         *,
         looks: int | Sequence[int] | None = None,
         target_radius: float | None = None,
-    ) -> Iterator[Certificate]:
+    ) -> Generator[Certificate, None, None]:
         """Certify inputs one after the other, and give each certificate as soon as it stands.
 
         Args:
@@ -288,7 +288,7 @@ class Smooth:
         plan = self._plan("certify", n0, n, alpha, batch_size, looks, target_radius)
         inputs = self._inputs("certify", x)
 
-        def decisions() -> Iterator[Certificate]:
+        def decisions() -> Generator[Certificate, None, None]:
             with _evaluating(self.model):
                 yield from _pipelined(self._certify_one(x, plan) for x in inputs)
 

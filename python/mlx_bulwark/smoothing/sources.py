@@ -15,7 +15,8 @@ from ..ops.smooth import Distribution, noisy_copies
 class Source(ABC):
     """Logits of noisy copies of one input."""
 
-    def refresh(self) -> None:  # noqa: B027
+    @abstractmethod
+    def refresh(self) -> None:
         """See the weights as they are now."""
 
     @abstractmethod
@@ -44,6 +45,9 @@ class InputNoise(Source):
     ) -> None:
         self._model, self._sigma = model, sigma
         self._options: dict[str, Any] = {"distribution": distribution, "bounds": bounds, "levels": levels}
+
+    def refresh(self) -> None:
+        """Nothing to do: the model is read at every call."""
 
     def prepare(self, x: mx.array) -> list[mx.array]:
         """Nothing is shared but the input."""
