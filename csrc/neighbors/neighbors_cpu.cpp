@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cfloat>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -25,6 +24,7 @@ static constexpr size_t ROWS_OF_CENTER = 1024;             // as many rows as ar
 static constexpr size_t PREPARED_ROWS = 256;               // of a task
 static constexpr size_t TASKS = 16, LEAST_SEGMENT = 4096;  // of few rows of x against many of y
 static constexpr size_t LIST_BYTES = 64 << 20;             // what lists of candidates may take in any case
+static constexpr float LARGEST = std::numeric_limits<float>::max();
 static constexpr float INFINITE = std::numeric_limits<float>::infinity();
 static constexpr double UNIT = 0x1p-24;  // rounding of float32, relative
 
@@ -241,8 +241,8 @@ struct Lists {
       squared = root * root;
     } else {
       squared += 8 * UNIT * std::fabs(squared) + 0x1p-148;
-      if (squared > FLT_MAX) return INFINITE;
-      if (squared < -FLT_MAX) squared = -FLT_MAX;
+      if (squared > LARGEST) return INFINITE;
+      if (squared < -LARGEST) squared = -LARGEST;
     }
     value = p.metric == Metric::cosine ? squared : p.products() ? squared / back : squared / (2 * back);
     const double key = value - constant;

@@ -185,7 +185,8 @@ void sort_column(float* x, size_t n, std::vector<uint32_t>& scratch) {
     counts[2 * BINS + (key >> 22)]++;
   }
   if (n <= FEW) {
-    std::sort(from, from + n);
+    // Not by the default order, whose code newer headers expect in a library that macOS 14 has without it.
+    std::sort(from, from + n, [](uint32_t a, uint32_t b) { return a < b; });
   } else {
     for (size_t digit = 0; digit < DIGITS; digit++) {
       uint32_t* count = &counts[digit * BINS];
