@@ -21,7 +21,7 @@ MAD_SCALE = 1.4826022185056018  # 1 / Phi^-1(3/4): a normal column's MAD times t
 MOST_SOLVED = 224  # columns that the Metal kernel of mahalanobis holds
 _KINDS = (*METHODS, "paper", "sides")  # in the order of the native enum
 OVERSAMPLING = 8  # directions that spectral_scores follows beyond those that it is asked for
-# `&` and `|` of a mapped and an unmapped array are wrong under vmap in MLX 0.32.4; logical_and and logical_or are not.
+# `&` and `|` of a mapped and an unmapped array are wrong under vmap in MLX; logical_and and logical_or are not.
 _RUN = 32  # MLX adds float32 in sequence on the CPU: the reference splits longer sums
 
 
