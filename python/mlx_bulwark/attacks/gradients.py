@@ -1,0 +1,55 @@
+"""Gradients of what an attack raises, with the logits of the same pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .base import Model
+from .losses import LOSSES, Loss, LossName, dlr_targeted
+
+Objective = Callable[[mx.array, mx.array, mx.array], mx.array]  # logits, y, targets; the attack raises it
+
+
+def objective_of(where: str, loss: LossName | Loss, targeted: bool) -> Objective:
+    """The loss of the class, to be raised, or of the target, to be lowered."""
+    if not callable(loss) and loss not in LOSSES:
+        raise ValueError(f"[{where}] loss must be {', '.join(map(repr, LOSSES))} or a function but is {loss!r}")
+    if not targeted:
+        each = loss if callable(loss) else LOSSES[loss]
+        return lambda logits, y, targets: each(logits, y)
+    if loss == "dlr":
+        return dlr_targeted
+    each = loss if callable(loss) else LOSSES[loss]
+    return lambda logits, y, targets: -each(logits, targets)
+
+
+def with_gradient(model: Model, objective: Objective) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
+    """A function of ``(x, y, targets)``: the gradient, the objective ``[m]`` and the logits ``[m, C]``.
+
+    What is not a number in a gradient is 0: a sample without a usable gradient stays where it is.
+    """
+
+    def total(x: mx.array, y: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        logits = model(x).astype(mx.float32)
+        each = objective(logits, y, targets)
+        if each.shape != y.shape:
+            raise ValueError(f"[attack] loss must return one value an input, {y.shape}, but has shape {each.shape}")
+        return each.sum(), each, logits
+
+    differentiated = mx.value_and_grad(total)
+
+    def gradient(x: mx.array, y: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        (_, each, logits), grad = differentiated(x, y, targets)
+        return mx.where(mx.isfinite(grad), grad, 0), each, logits
+
+    return gradient
+
+
+def compiled(step: Callable[..., Any], model: Model, compile: bool) -> Callable[..., Any]:
+    """The step, compiled where the model is a module: then all that it reads and writes is known."""
+    if not (compile and isinstance(model, nn.Module)):
+        return step
+    state = [model.state, mx.random.state]
+    return mx.compile(step, inputs=state, outputs=state)
