@@ -35,6 +35,7 @@ DEFAULTS: dict[str, Any] = {
     "max_grad_norm": 1.0,
     "clipping": "flat",
     "accountant": "pld",
+    "grad_sample_mode": "ghost",
     "report_loss": False,
     "unit_key": None,
     "max_rows_per_unit": None,
@@ -123,6 +124,9 @@ def parse(arguments: Sequence[str]) -> tuple[types.SimpleNamespace, Path | None]
     private.add_argument("--clipping", help="flat, automatic or per_layer (default: flat)")
     private.add_argument("--accountant", help="pld or rdp (default: pld)")
     private.add_argument(
+        "--grad-sample-mode", help="ghost, or loop: slow, for models that ghost refuses (default: ghost)"
+    )
+    private.add_argument(
         "--microbatch-size",
         type=int,
         help="rows held in memory; --batch-size is the examples, or units, of a step (default: 4, 64)",
@@ -205,6 +209,7 @@ def _checked(args: types.SimpleNamespace) -> types.SimpleNamespace:
         "fine_tune_type": ("lora", "dora", "full"),
         "optimizer": tuple(OPTIMIZERS),
         "clipping": ("flat", "automatic", "per_layer"),
+        "grad_sample_mode": ("ghost", "loop"),
         "accountant": ("pld", "rdp"),
     }.items():
         if getattr(args, name) not in known:
@@ -355,6 +360,7 @@ def _engine(args: types.SimpleNamespace, dataset_size: int, folder: Path) -> tup
         "max_grad_norm": args.max_grad_norm,
         "clipping": args.clipping,
         "accountant": args.accountant,
+        "grad_sample_mode": args.grad_sample_mode,
         "ledger": ledger,
     }
     with warnings.catch_warnings():

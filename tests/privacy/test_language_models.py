@@ -328,6 +328,7 @@ def test_losses_are_not_shown_unasked(monkeypatch, capsys, model_of, data, tmp_p
         (["--num-layers", "3"], "--num-layers must be at most the model's 2 but is 3"),
         (["--max-rows-per-unit", "2"], "--max-rows-per-unit must come with --unit-key but comes alone"),
         (["--unit-key", "a", "--max-rows-per-unit", "5"], "--max-rows-per-unit must be from 1 to the 4 of"),
+        (["--grad-sample-mode", "hooks"], "--grad-sample-mode must be one of ghost, loop but is hooks"),
         (["--clipping", "soft"], "--clipping must be one of flat, automatic, per_layer but is soft"),
         (["--grad-accumulation-steps", "2"], "--grad-accumulation-steps must be left out"),
         (["--grad-checkpoint"], "--grad-checkpoint must be left out"),

@@ -68,7 +68,9 @@ def _arrays(batch: Any) -> Arrays:
 def _private(
     engine: "PrivacyEngine", model: nn.Module, loss_fn: LossFunction, arrays: Arrays, max_grad_norm: float
 ) -> ClippedSums:
-    r = clipped_sums(model, loss_fn, arrays, None, max_grad_norm, engine._clipping, {})
+    r = clipped_sums(
+        model, loss_fn, arrays, None, max_grad_norm, engine._clipping, {}, grad_sample_mode=engine.grad_sample_mode
+    )
     mx.eval(r)
     return r
 

@@ -42,7 +42,9 @@ def integer_loss_and_grad(
     def clipped(rows: Any) -> ClippedSums:
         part = tree_map(lambda a: a[mx.array(rows)] if isinstance(a, mx.array) and a.ndim else a, data)
         one = None if units is None else mx.zeros(len(rows), mx.int32)
-        return clipped_sums(model, loss_fn, part, None, norm, engine._clipping, plans, one, unit_reduction)
+        return clipped_sums(
+            model, loss_fn, part, None, norm, engine._clipping, plans, one, unit_reduction, engine.grad_sample_mode
+        )
 
     def gradients() -> Iterator[dict[str, mx.array]]:
         nonlocal refused

@@ -24,6 +24,7 @@ from .ledger import Ledger
 from .memory import find_microbatch_size
 from .optimizer import ClippedGradients, PrivateOptimizer
 from .plan import NoiseMode, default_accountant, make_plan
+from .refusals import GradSampleMode
 from .sampling import SamplingMode, make_sampler
 from .schedules import Schedule
 from .state import new_state, set_scale
@@ -68,6 +69,9 @@ class PrivacyEngine:
             goes on with the same noise; keep it apart from the model. With several ranks each has its own, the name
             followed by a dot and the rank, and keeps its shard. Default: the key lives and dies with the engine, and a
             resumed run begins a correlation of its own.
+        grad_sample_mode: ``"ghost"``: one backward pass for all rows, by what the layers saw; ``"loop"``: a backward
+            pass for each row, which takes models that the other refuses (weights that are used outside of their layer,
+            checkpointing, trainable quantized layers), and the time and memory of as many gradients as rows.
         accountant: ``"pld"`` or ``"rdp"``. Default: ``"pld"``; with discrete noise ``"rdp"``, which it needs.
         steps: planned number of steps; an update past it is refused.
         delta: default delta of `epsilon`; well below 1 / dataset_size.
@@ -109,6 +113,7 @@ class PrivacyEngine:
         noise: NoiseMode = "gaussian",
         bands: int | None = None,
         noise_key_file: str | os.PathLike[str] | None = None,
+        grad_sample_mode: GradSampleMode = "ghost",
         accountant: Accountant | None = None,
         steps: int | None = None,
         delta: float | None = None,
@@ -133,6 +138,8 @@ class PrivacyEngine:
         accountant = default_accountant(accountant, noise)
         if accountant not in ("pld", "rdp"):
             raise ValueError(f"[PrivacyEngine] accountant must be 'pld' or 'rdp' but is {accountant!r}")
+        if grad_sample_mode not in ("ghost", "loop"):
+            raise ValueError(f"[PrivacyEngine] grad_sample_mode must be 'ghost' or 'loop' but is {grad_sample_mode!r}")
         if delta is not None:
             check_delta("PrivacyEngine", delta)
             warn_of_delta(delta, dataset_size)
@@ -141,6 +148,7 @@ class PrivacyEngine:
             if delta is None:
                 raise ValueError("[PrivacyEngine] delta must be given with target_epsilon but is None")
         self.dataset_size, self.sample_rate, self.clipping = dataset_size, plan.sample_rate, clipping
+        self.grad_sample_mode: GradSampleMode = grad_sample_mode
         self.expected_batch_size = self.sample_rate * dataset_size
         self._clipping = plan.clipping
         self._ranks = make_ranks(group, group_timeout)
@@ -222,8 +230,8 @@ class PrivacyEngine:
             `find_noise_multiplier` and `find_steps`.
         """
         accountant = default_accountant(settings.get("accountant"), settings.get("noise", "gaussian"))
-        outside = {"accountant", "target_epsilon", "ledger", "noise_key_file", "group", "group_timeout"}
-        kinds: dict[str, Any] = {k: v for k, v in settings.items() if k not in outside}
+        outside = {"accountant", "target_epsilon", "ledger", "noise_key_file", "grad_sample_mode"}
+        kinds: dict[str, Any] = {k: v for k, v in settings.items() if k not in outside | {"group", "group_timeout"}}
         if sum(v is not None for v in (steps, epochs, settings.get("noise_multiplier"))) != 1:
             raise ValueError("[for_epsilon] one of steps, epochs and noise_multiplier must be given")
         if "noise_multiplier" in settings:
@@ -618,7 +626,7 @@ class PrivacyEngine:
         Source:
             Opacus' ModuleValidator.
         """
-        return validate(model)
+        return validate(model, self.grad_sample_mode)
 
     def fix(self, model: nn.Module) -> tuple[Fix, ...]:
         """Repair a model in place: a BatchNorm becomes a GroupNorm, and trainable integers are frozen.

@@ -13,7 +13,7 @@ from ..ops.ghost import linear_sq_norms
 from .batches import UnitReduction
 from .clipping import Clipping, FactorMode, Group
 from .per_sample import PerSample, Tapped
-from .refusals import refuse
+from .refusals import GradSampleMode, refuse
 from .rules import per_sample, rule_of
 from .taps import Call, Planned, PrivacyError, ShapeAndDtype, Site, Trace, find_sites, named_arrays, tapped
 
@@ -65,13 +65,16 @@ def clipped_sums(
     plans: dict[Any, list[Planned]],
     units: mx.array | None = None,
     unit_reduction: UnitReduction = "mean",
+    grad_sample_mode: GradSampleMode = "ghost",
 ) -> ClippedSums:
     """Book-keeping (Bu et al. 2022): one backward pass to the layers' outputs, norms, factors, weighted sums.
+
+    With ``"loop"``: a backward pass for each row.
 
     ``units`` [B], below B: the gradients of a unit's rows are averaged or added up before the one clip. Without it
     every row is a unit.
     """
-    refuse(model)
+    refuse(model, grad_sample_mode)
     sites = find_sites(model, rule_of)
     if not sites:
         raise PrivacyError("[value_and_grad] model must have trainable parameters but has none")
@@ -84,8 +87,11 @@ def clipped_sums(
     groups = clipping.groups(sites)
     for site in sites:
         site.clipped_together = any(g.paths.issuperset(s.path for s in site.slots) for g in groups)
-    plan = _plan(model, sites, loss_fn, batch, B, plans)
-    losses, layers = _backward(sites, plan, loss_fn, model, batch, B)
+    if grad_sample_mode == "loop":
+        losses, layers = _row_by_row(sites, loss_fn, model, batch, B)
+    else:
+        plan = _plan(model, sites, loss_fn, batch, B, plans)
+        losses, layers = _backward(sites, plan, loss_fn, model, batch, B)
     parts = [part for g in groups if (part := _part(g, layers)).built or part.unbuilt]
     joined = None if units is None else _make_units(units, mask, unit_reduction)
     counted = joined.mask if joined else mask
@@ -168,6 +174,30 @@ def per_example(losses: Any, B: int) -> mx.array:
             "use reduction='none' and average only within an example"
         )
     return losses
+
+
+def _row_by_row(
+    sites: list[Site], loss_fn: LossFunction, model: nn.Module, batch: tuple[Any, ...], B: int
+) -> tuple[mx.array, list[tuple[Site, PerSample]]]:
+    parameters = model.trainable_parameters()
+
+    def loss(parameters: Any, *row: Any) -> mx.array:
+        model.update(parameters)
+        return per_example(loss_fn(model, *row), 1).sum()
+
+    try:
+        rows = [mx.value_and_grad(loss)(parameters, *_row(batch, i, B)) for i in range(B)]
+    finally:
+        model.update(parameters)  # under mx.compile the model would keep what was traced
+    gradients = [dict(named_arrays(tree)) for _, tree in rows]
+    layers = [
+        (s, PerSample({slot.name: mx.stack([g[slot.path] for g in gradients]) for slot in s.slots})) for s in sites
+    ]
+    return mx.stack([loss for loss, _ in rows]), layers
+
+
+def _row(batch: Any, i: int, B: int) -> Any:
+    return tree_map(lambda a: a[i : i + 1] if isinstance(a, mx.array) and a.ndim and a.shape[0] == B else a, batch)
 
 
 def _backward(

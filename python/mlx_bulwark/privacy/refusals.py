@@ -1,12 +1,14 @@
 """Layers that have no guarantee as they are, and why."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from .taps import PrivacyError, named_arrays
+
+GradSampleMode = Literal["ghost", "loop"]
 
 _SHARDED = "its parameters are spread over several machines, and so would be each example's norm; use data parallelism"
 
@@ -30,10 +32,10 @@ REFUSED = {
 }
 
 
-def refuse(model: nn.Module) -> None:
+def refuse(model: nn.Module, grad_sample_mode: GradSampleMode) -> None:
     """Raise the first reason for which the model cannot be made private."""
     for path, module in walk(model):
-        if reason := refusal(module):
+        if reason := refusal(module, grad_sample_mode):
             raise PrivacyError(
                 f"[value_and_grad] layer {path or 'model'} ({type(module).__name__}) must have a guarantee but has "
                 f"none: {reason}"
@@ -53,7 +55,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             stack += [(f"{path}.{i}", v) for i, v in enumerate(value)]
 
 
-def refusal(module: nn.Module) -> str | None:
+def refusal(module: nn.Module, grad_sample_mode: GradSampleMode) -> str | None:
     """Why this layer cannot be private, or None."""
     if isinstance(module, nn.BatchNorm):
         statistics: Any = module
@@ -68,7 +70,8 @@ def refusal(module: nn.Module) -> str | None:
     if integers:
         return f"its trainable {', '.join(integers)} must be floating but is not; freeze it"
     for base in type(module).__mro__ if own or _shards(module) else ():
-        if reason := REFUSED.get(f"{base.__module__}.{base.__qualname__}"):
+        reason = REFUSED.get(f"{base.__module__}.{base.__qualname__}")
+        if reason and (grad_sample_mode == "ghost" or reason is _SHARDED):
             return reason
     return None
 

@@ -97,7 +97,9 @@ def _loss_and_grad(
     if isinstance(engine.event.mechanism, Discrete):
         return integer_loss_and_grad(engine, model, loss_fn, to_mlx(data), mask, units, unit_reduction, last, plans)
     norm = engine.state["max_grad_norm"]
-    r = clipped_sums(model, loss_fn, data, mask, norm, engine._clipping, plans, units, unit_reduction)
+    r = clipped_sums(
+        model, loss_fn, data, mask, norm, engine._clipping, plans, units, unit_reduction, engine.grad_sample_mode
+    )
     losses = r.losses if mask is None else mx.where(mask, r.losses, 0)
     if quantile := engine._clipping.quantile:
         r.sums[QUANTILE] = quantile.counted(r.sq_norms, norm, engine.state["noise_std"], r.mask)

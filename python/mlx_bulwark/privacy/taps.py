@@ -35,7 +35,7 @@ class Hidden(dict[str, Any]):
         """Say what must not be done."""
         raise PrivacyError(
             f"[value_and_grad] parameter {self._path} must be used only inside the __call__ of the layer that owns it "
-            "but was used outside; its gradient would escape clipping"
+            "but was used outside; its gradient would escape clipping (grad_sample_mode='loop' takes such a model)"
         )
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -51,7 +51,8 @@ class Hidden(dict[str, Any]):
         raise PrivacyError(
             f"[value_and_grad] parameter {self._path} must be used only inside the __call__ of the layer that owns it "
             "but was read with the model's parameters (weight decay in the loss? nn.utils.checkpoint?): decay belongs "
-            "to the optimizer, and private gradients need what the layers saw, which a checkpoint would drop"
+            "to the optimizer, and private gradients need what the layers saw, which a checkpoint would drop "
+            "(grad_sample_mode='loop' does without)"
         )
 
     items = keys = values = _read

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from .refusals import own_arrays, refusal, walk
+from .refusals import GradSampleMode, own_arrays, refusal, walk
 from .rules import rule_of
 from .taps import PrivacyError, Site, find_sites
 
@@ -88,7 +88,7 @@ class Fix:
     after: str
 
 
-def validate(model: nn.Module) -> ValidationReport:
+def validate(model: nn.Module, grad_sample_mode: GradSampleMode) -> ValidationReport:
     """See `PrivacyEngine.validate`."""
     sites = {id(s.module): s for s in find_sites(model, rule_of)}
     seen: set[int] = set()
@@ -96,22 +96,26 @@ def validate(model: nn.Module) -> ValidationReport:
     for path, module in sorted(walk(model), key=lambda item: item[0]):
         if id(module) not in seen:
             seen.add(id(module))
-            layers.extend(_layer(path, module, sites.get(id(module))))
+            layers.extend(_layer(path, module, sites.get(id(module)), grad_sample_mode))
     if not sites:
         layers.insert(0, LayerReport("", type(model).__name__, "refused", "it has no trainable parameters", 0, 0))
     return ValidationReport(tuple(layers))
 
 
-def _layer(path: str, module: nn.Module, site: Site | None) -> list[LayerReport]:
+def _layer(path: str, module: nn.Module, site: Site | None, mode: GradSampleMode) -> list[LayerReport]:
     own, trained = own_arrays(module), own_arrays(module, trainable=True)
-    reason = refusal(module) or (_unmappable(site.module) if site and not site.rule else None)
+    mapped = site is not None and not site.rule and mode == "ghost"
+    reason = refusal(module, mode) or (_unmappable(module) if mapped else None)
     if not own and not reason:
         return []
     status: Status = "refused" if reason else "private" if trained else "frozen"
-    how = "by the rule of its type" if site and site.rule else "by mx.vmap, if it can map the layer: no rule of its own"
+    how = "by a backward pass for each row" if mode == "loop" else _BY_VMAP if mapped else "by the rule of its type"
     trainable, frozen = (sum(a.size for k, a in own.items() if (k in trained) == t) for t in (True, False))
     reason = reason or (how if trained else "")
     return [LayerReport(path, type(module).__name__, status, reason, trainable, frozen)]
+
+
+_BY_VMAP = "by mx.vmap, if it can map the layer: no rule of its own"
 
 
 def _unmappable(module: nn.Module) -> str | None:
