@@ -15,6 +15,7 @@ from .ops.ghost import (
     linear_sample_grads,
     linear_sq_norms,
 )
+from .ops.mmd import MMD, mmd
 from .ops.neighbors import Neighbors, knn
 from .ops.noise import (
     add_gaussian,
@@ -67,6 +68,7 @@ from .privacy import (
 )
 
 __all__ = [
+    "MMD",
     "AdaptiveClipping",
     "Batch",
     "Batches",
@@ -119,6 +121,7 @@ __all__ = [
     "linear_sq_norms",
     "mahalanobis",
     "merge_column_stats",
+    "mmd",
     "noisy_copies",
     "projected_step",
     "quantile_table",
