@@ -6,8 +6,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..ops.step import Norm
 from .base import Model
-from .losses import LOSSES, Loss, LossName, dlr_targeted
+from .losses import LOSSES, TINY, Loss, LossName, dlr_targeted, margin, of_class
 
 Objective = Callable[[mx.array, mx.array, mx.array], mx.array]  # logits, y, targets; the attack raises it
 
@@ -53,3 +54,37 @@ def compiled(step: Callable[..., Any], model: Model, compile: bool) -> Callable[
         return step
     state = [model.state, mx.random.state]
     return mx.compile(step, inputs=state, outputs=state)
+
+
+def boundaries_of(model: Model, targeted: bool) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
+    """A function of ``(x, goal, rivals)``: leads ``[K, m]``, their gradients ``[K, m, d]``, and the logits ``[m, C]``.
+
+    A lead is the logit of a rival, ``[m, K]``, less that of ``goal``; where the goal is a target: its logit less the
+    best other. A boundary is where a lead is 0. What is not a number in a gradient is 0.
+    """
+
+    def lead(x: mx.array, goal: mx.array, rival: mx.array | None) -> tuple[mx.array, mx.array, mx.array]:
+        logits = model(x).astype(mx.float32)
+        each = -margin(logits, goal) if rival is None else of_class(logits, rival) - of_class(logits, goal)
+        return each.sum(), each, logits
+
+    differentiated = mx.value_and_grad(lead)
+
+    def boundaries(x: mx.array, goal: mx.array, rivals: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        leads, grads = [], []
+        for rival in [None] if targeted else [rivals[:, k] for k in range(rivals.shape[1])]:
+            (_, each, logits), grad = differentiated(x, goal, rival)
+            leads.append(each)
+            grads.append(mx.where(mx.isfinite(grad), grad, 0).astype(mx.float32).reshape(len(x), -1))
+        return mx.stack(leads), mx.stack(grads), logits
+
+    return boundaries
+
+
+def nearest(leads: mx.array, grads: mx.array, norm: Norm) -> tuple[mx.array, mx.array]:
+    """The lead ``[m]`` and the gradient ``[m, d]`` of the nearest boundary of a linear model, by the dual norm."""
+    size = mx.linalg.norm(grads, axis=2) if norm == "l2" else mx.abs(grads).sum(axis=2)
+    if norm == "l1":
+        size = mx.abs(grads).max(axis=2)
+    index = mx.argmin(mx.abs(leads) / (size + TINY), axis=0)[None]
+    return mx.take_along_axis(leads, index, axis=0)[0], mx.take_along_axis(grads, index[..., None], axis=0)[0]
