@@ -8,7 +8,7 @@ import numpy as np
 
 from ..ops.step import Norm, projected_step
 from .base import Array, Attack, Model, Remaining, Task, column, predicted
-from .gradients import Objective, compiled, objective_of, with_gradient
+from .gradients import Objective, compiled, largest, objective_of, with_gradient
 from .losses import Loss, LossName, dlr_targeted
 
 MOMENTUM = 0.75  # share of the new step; the rest repeats the last one
@@ -232,7 +232,7 @@ class _Climb:
     def _advance(self, state: Any, momentum: mx.array, arrays: list[mx.array]) -> tuple[list[mx.array], mx.array]:
         s, (origin, y, targets, eps) = _State(*state), arrays
         if self.norm == "l1":
-            x = projected_step(s.x, _largest(s.grad, s.share), origin, eps, s.length, self.norm, self.bounds)
+            x = projected_step(s.x, largest(s.grad, s.share), origin, eps, s.length, self.norm, self.bounds)
         else:
             x = projected_step(s.x, s.grad, origin, eps, s.length, self.norm, self.bounds)
             wide = s.x.astype(mx.float32)
@@ -276,12 +276,3 @@ class _Climb:
 def _support(x: mx.array, origin: mx.array) -> mx.array:
     """How many coordinates differ, float32 ``[B]``."""
     return (x != origin).reshape(len(x), -1).sum(axis=1).astype(mx.float32)
-
-
-def _largest(grad: mx.array, share: mx.array) -> mx.array:
-    """Signs of the largest coordinates of each gradient, zeros elsewhere."""
-    rows = mx.abs(grad.astype(mx.float32)).reshape(len(grad), -1)
-    d = rows.shape[1]
-    place = mx.clip(((1 - share) * d).astype(mx.int32), 0, d - 1)
-    least = mx.take_along_axis(mx.sort(rows, axis=1), place[:, None], axis=1)
-    return mx.where(rows >= least, mx.sign(grad).reshape(rows.shape), 0).reshape(grad.shape).astype(grad.dtype)

@@ -88,3 +88,12 @@ def nearest(leads: mx.array, grads: mx.array, norm: Norm) -> tuple[mx.array, mx.
         size = mx.abs(grads).max(axis=2)
     index = mx.argmin(mx.abs(leads) / (size + TINY), axis=0)[None]
     return mx.take_along_axis(leads, index, axis=0)[0], mx.take_along_axis(grads, index[..., None], axis=0)[0]
+
+
+def largest(grad: mx.array, share: float | mx.array) -> mx.array:
+    """Signs of the largest coordinates of each gradient, zeros elsewhere."""
+    rows = mx.abs(grad.astype(mx.float32)).reshape(len(grad), -1)
+    d = rows.shape[1]
+    place = mx.clip(mx.array((1 - share) * d).astype(mx.int32), 0, d - 1)
+    least = mx.take_along_axis(mx.sort(rows, axis=1), mx.broadcast_to(place, (len(rows),))[:, None], axis=1)
+    return mx.where(rows >= least, mx.sign(grad).reshape(rows.shape), 0).reshape(grad.shape).astype(grad.dtype)

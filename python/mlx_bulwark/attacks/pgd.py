@@ -8,13 +8,16 @@ import numpy as np
 
 from ..ops.step import Norm, projected_step, random_start
 from .base import Array, Attack, Model, Remaining, Task, predicted
-from .gradients import compiled, objective_of, with_gradient
+from .gradients import compiled, largest, objective_of, with_gradient
 from .losses import Loss, LossName
+
+L1_SHARE = 0.01  # of the coordinates that a step in L1 moves, at least one: steps along all of them go nowhere
 
 
 class PGD(Attack):
     """Projected gradient ascent of a loss, from random starts (Madry et al.), with momentum if wanted (MI-FGSM).
 
+    A step in L1 moves the hundredth of the coordinates that have the largest gradients (sparse L1 descent).
     An input is done as soon as one of its steps fools the model, unless ``early_stop`` is off.
 
     Args:
@@ -48,7 +51,8 @@ class PGD(Attack):
 
     Source:
         A. Madry et al., "Towards Deep Learning Models Resistant to Adversarial Attacks", 2018; Y. Dong et al.,
-        "Boosting Adversarial Attacks with Momentum", 2018.
+        "Boosting Adversarial Attacks with Momentum", 2018; F. Tramer, D. Boneh, "Adversarial Training and Robustness
+        for Multiple Perturbations", 2019 (L1).
     """
 
     _stretch = 2.5  # how often all steps together would cross the radius
@@ -107,6 +111,8 @@ class PGD(Attack):
             if self.momentum:
                 velocity = self.momentum * velocity + _by_l1(grad)
                 grad = velocity.astype(x.dtype)
+            if self.norm == "l1":
+                grad = largest(grad, L1_SHARE)
             return projected_step(x, grad, origin, eps, alpha, self.norm, self.bounds), velocity, predicted(logits)
 
         return compiled(step, model, self.compile)
