@@ -116,6 +116,7 @@ NB_MODULE(_ext, m) {
         "units"_a, "stream"_a = nb::none());
 
   m.def("knn", &knn, "arrays"_a, "prepared"_a, "k"_a, "metric"_a, "stream"_a = nb::none());
+  m.def("mmd", &mmd, "rows"_a, "words"_a, "n"_a, "permutations"_a, "rates"_a, "stream"_a = nb::none());
 
   m.def("noisy_copies", &noisy_copies, "x"_a, "n"_a, "sigma"_a, "key"_a, "counter"_a, "uniform"_a, "bounds"_a,
         "levels"_a, "stream"_a = nb::none());

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -481,5 +482,187 @@ Arrays Knn::reference(const Arrays& in) {
   std::string name = "knn{\"inputs\": " + std::to_string(inputs_) + ", \"k\": " + std::to_string(k_);
   name += std::string(", \"metric\": \"") + METRICS[int(metric_)] + "\"}";
   return call_reference(name.c_str(), in, stream());
+}
+
+namespace {
+constexpr size_t MMD_BLOCK = 256, MMD_LEAST_BLOCK = 64;  // rows of a tile of the kernel
+constexpr size_t DEALT = 256;                            // permutations at once
+constexpr size_t SUMMED = 64;                            // rows whose sums are in float32
+constexpr float LOSS = 0x1p-10f;  // of a binary logarithm: above, distances of near rows are computed again
+constexpr float NOTHING = -40;    // binary logarithms below are of values that add nothing
+
+struct Samples {
+  const float* rows;
+  const uint32_t* words;
+  size_t count, d, n, permutations;
+  std::vector<float> rates;
+
+  size_t words_of_row() const { return ceil_div(permutations, 32); }
+};
+
+struct MmdScratch {
+  std::vector<float> tile, mine, theirs, dealt, inside, across, zeros;
+  std::vector<uint32_t> hits;
+};
+
+MmdScratch& mmd_scratch() {
+  thread_local MmdScratch s;
+  return s;
+}
+
+// Sums of a block of rows and all that stand behind it.
+struct BlockSums {
+  double groups[3] = {};  // over pairs of the first n rows, one of them, none
+  std::vector<double> inside, across;
+};
+
+class Discrepancy {
+ public:
+  explicit Discrepancy(const Samples& s) : s_(s), half_(s.count), largest_half_(0) {
+    for (size_t i = 0; i < s.count; i++) {
+      const float* row = s.rows + i * s.d;
+      half_[i] = float(BULWARK_PICK(neighbors_kernels).product(row, row, s.d) / 2);
+      largest_half_ = std::max(largest_half_, half_[i]);
+    }
+    const size_t block = std::clamp<size_t>(ceil_div(s.count, TASKS) / 16 * 16, MMD_LEAST_BLOCK, MMD_BLOCK);
+    for (const Range& part : {Range{0, s.n}, Range{s.n, s.count}})
+      for (size_t i = part.from; i < part.to; i += block) blocks_.push_back({i, std::min(part.to, i + block)});
+  }
+
+  // float32 sums and what their rounding lost
+  void run(float* out) const {
+    std::vector<BlockSums> parts(blocks_.size());
+    parallel_for(blocks_.size(), [&](size_t b) { parts[b] = of_block(b); });
+    const size_t b = s_.permutations, size = 3 + 2 * b;
+    std::vector<double> sums(size);
+    for (auto& part : parts) {
+      for (int g = 0; g < 3; g++) sums[g] += part.groups[g];
+      for (size_t i = 0; i < b; i++) sums[3 + i] += part.inside[i], sums[3 + b + i] += part.across[i];
+    }
+    for (size_t i = 0; i < size; i++) out[i] = float(sums[i]), out[size + i] = float(sums[i] - out[i]);
+  }
+
+ private:
+  BlockSums of_block(size_t mine) const {
+    const Range rows = blocks_[mine];
+    BlockSums sums{{}, std::vector<double>(s_.permutations), std::vector<double>(s_.permutations)};
+    std::vector<double> by_row(rows.size());
+    for (size_t b = mine; b < blocks_.size(); b++) {
+      const Range columns = blocks_[b];
+      float* tile = room(mmd_scratch().tile, rows.size() * columns.size());
+      sgemm(false, true, rows.size(), columns.size(), s_.d, s_.rows + rows.from * s_.d, s_.d,
+            s_.rows + columns.from * s_.d, s_.d, 0, tile, columns.size());
+      double total = 0;
+      for (size_t i = 0; i < rows.size(); i++) {
+        const double sum = kernel_of(rows.from + i, columns, tile + i * columns.size());
+        by_row[i] += sum;
+        total += sum;
+      }
+      const int group = (rows.from >= s_.n) + (columns.from >= s_.n);
+      sums.groups[group] += b == mine || group == 1 ? total : 2 * total;
+      add_permutations(rows, columns, tile, b == mine, sums);
+    }
+    for (size_t i = 0; i < rows.size(); i++)
+      for (size_t p = 0; p < s_.permutations; p++)
+        if (s_.words[(rows.from + i) * s_.words_of_row() + p / 32] >> (p % 32) & 1) sums.across[p] += by_row[i];
+    return sums;
+  }
+
+  // Products of a row become values of the kernel, 0 for itself; their sum.
+  double kernel_of(size_t row, Range columns, float* products) const {
+    auto& kernels = BULWARK_PICK(neighbors_kernels);
+    const float* half = half_.data() + columns.from;
+    auto values = [&](float h, const float* halves) {
+      return kernels.gaussian(products, h, halves, s_.rates.data(), s_.rates.size(), columns.size());
+    };
+    const float error = 2 * std::sqrt(half_[row] * largest_half_) * (std::sqrt(float(s_.d)) + 8) * 0x1p-23f;
+    const auto rate = std::find_if(s_.rates.begin(), s_.rates.end(), [=](float r) { return r * error > LOSS; });
+    double sum = 0;
+    if (rate == s_.rates.end()) {
+      sum = values(half_[row], half);
+    } else {
+      auto& scratch = mmd_scratch();
+      const float least = half_[row] + NOTHING / *rate - error;
+      uint32_t* hits = room(scratch.hits, columns.size());
+      const size_t count = kernels.scan(half, -least, products, 0, half, columns.size(), hits);
+      for (size_t j = 0; j < columns.size(); j++) products[j] -= half_[row] + half[j];
+      for (size_t h = 0; h < count; h++)
+        products[hits[h]] = float(
+            -0.5 * kernels.sq_distance(s_.rows + row * s_.d, 1, s_.rows + (columns.from + hits[h]) * s_.d, 1, s_.d));
+      sum = values(0, room(scratch.zeros, columns.size()));
+    }
+    if (row < columns.from || row >= columns.to) return sum;
+    float& itself = products[row - columns.from];
+    sum -= itself;
+    itself = 0;
+    return sum;
+  }
+
+  // Every permutation's part of a tile: the tile times the matrix of zeros and ones that tells which rows it takes.
+  void add_permutations(Range rows, Range columns, const float* tile, bool diagonal, BlockSums& sums) const {
+    auto& kernels = BULWARK_PICK(neighbors_kernels);
+    auto& s = mmd_scratch();
+    for (size_t first = 0; first < s_.permutations; first += DEALT) {
+      const size_t count = std::min(DEALT, s_.permutations - first), wide = ceil_div(count, 32) * 32;
+      float *mine = room(s.mine, rows.size() * wide), *theirs = room(s.theirs, columns.size() * wide);
+      float *dealt = room(s.dealt, rows.size() * wide), *inside = room(s.inside, wide), *across = room(s.across, wide);
+      auto unpack = [&](Range of, float* to) {
+        for (size_t i = of.from; i < of.to; i++, to += wide)
+          kernels.unpack(s_.words + i * s_.words_of_row() + first / 32, to, wide);
+      };
+      unpack(rows, mine);
+      unpack(columns, theirs);
+      sgemm(false, false, rows.size(), wide, columns.size(), tile, columns.size(), theirs, wide, 0, dealt, wide);
+      for (size_t i = 0; i < rows.size();) {
+        std::fill_n(inside, wide, 0.0f), std::fill_n(across, wide, 0.0f);
+        for (const size_t end = std::min(rows.size(), i + SUMMED); i < end; i++)
+          kernels.add_products(mine + i * wide, dealt + i * wide, inside, across, wide);
+        for (size_t p = 0; p < count; p++) {
+          sums.inside[first + p] += diagonal ? inside[p] : 2 * double(inside[p]);
+          if (!diagonal) sums.across[first + p] += across[p];
+        }
+      }
+    }
+  }
+
+  const Samples& s_;
+  std::vector<float> half_;  // squares of rows
+  float largest_half_;
+  std::vector<Range> blocks_;
+};
+}  // namespace
+
+mx::array mmd(const mx::array& rows, const mx::array& words, int n, int permutations, const std::vector<float>& rates,
+              mx::StreamOrDevice sd) {
+  auto s = mx::to_stream(sd);
+  auto sorted = rates;
+  std::sort(sorted.begin(), sorted.end());
+  auto op = std::make_shared<Mmd>(s, n, permutations, sorted);
+  auto in = contiguous({rows, words}, s);
+  auto shape = op->output_shapes(in)[0];
+  return mx::array(shape, mx::float32, op, std::move(in));
+}
+
+void Mmd::cpu(const Arrays& in, Arrays& out) {
+  allocate(out);
+  Samples s{in[0].data<float>(),
+            in[1].size() ? in[1].data<uint32_t>() : nullptr,
+            size_t(in[0].shape(0)),
+            size_t(in[0].shape(1)),
+            size_t(n_),
+            size_t(permutations_),
+            rates_};
+  mx::cpu::get_command_encoder(stream()).dispatch([s, to = out[0].data<float>()] { Discrepancy(s).run(to); });
+}
+
+Arrays Mmd::reference(const Arrays& in) {
+  std::string name = "mmd{\"n\": " + std::to_string(n_) + ", \"permutations\": " + std::to_string(permutations_);
+  name += ", \"rates\": [";
+  for (size_t i = 0; i < rates_.size(); i++) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%s%.9g", i ? ", " : "", double(rates_[i]));
+    name += text;
+  }
+  return call_reference((name + "]}").c_str(), in, stream());
 }
 }  // namespace bulwark

@@ -90,5 +90,61 @@ static double product(const float* x, const float* y, size_t n) {
   return total;
 }
 
-const NeighborsKernels neighbors_kernels{scan, sq_distance, product};
+// 2^t for t <= 0, to some 1e-7 of it; 0 below the smallest normal number.
+static Vec power(Vec t) {
+  constexpr float ROUND = 0x1.8p23f;  // to the nearest integer
+  const Vec whole = t + ROUND, f = t - (whole - ROUND);
+  Vec v = f * 0x1.444004p-13f + 0x1.5f0896p-10f;  // of 2^f on [-1/2, 1/2], interpolated at Chebyshev's points
+  v = v * f + 0x1.3b2a1cp-7f;
+  v = v * f + 0x1.c6af6cp-5f;
+  v = v * f + 0x1.ebfbep-3f;
+  v = v * f + 0x1.62e43p-1f;
+  v = v * f + 1.0f;
+  const Vec scaled = (Vec)((Mask)v + ((Mask)whole << 23));
+  return t > -125.0f ? scaled : Vec{};
+}
+
+static double gaussian(float* products, float x, const float* y, const float* rates, size_t num_rates, size_t n) {
+  Vec sums{};
+  for (size_t j = 0; j < n; j += LANES) {
+    const size_t some = n - j < size_t(LANES) ? n - j : LANES;
+    Vec exponent{}, half{}, values{};
+    if (some == size_t(LANES)) {
+      exponent = load(products + j), half = load(y + j);
+    } else {
+      memcpy(&exponent, products + j, some * sizeof(float));
+      memcpy(&half, y + j, some * sizeof(float));
+    }
+    exponent = exponent - x - half;
+    exponent = exponent < 0.0f ? exponent : Vec{};
+    for (size_t r = 0; r < num_rates; r++) values += power(exponent * rates[r]);
+    if (some < size_t(LANES))
+      for (int k = int(some); k < LANES; k++) values[k] = 0;
+    memcpy(products + j, &values, some * sizeof(float));
+    sums += values;
+  }
+  double total = 0;
+  for (int k = 0; k < LANES; k++) total += sums[k];
+  return total;
+}
+
+static void unpack(const uint32_t* words, float* y, size_t n) {
+  Mask lane;
+  for (int k = 0; k < LANES; k++) lane[k] = k;
+  for (size_t i = 0; i < n; i += LANES) {
+    const Mask bits = (Mask{} + int32_t(words[i / 32])) >> (lane + int32_t(i % 32)) & 1;
+    const Vec v = __builtin_convertvector(bits, Vec);
+    memcpy(y + i, &v, sizeof v);
+  }
+}
+
+static void add_products(const float* a, const float* x, float* inside, float* across, size_t n) {
+  for (size_t i = 0; i < n; i += LANES) {
+    const Vec v = load(x + i), in = load(inside + i) + load(a + i) * v, all = load(across + i) + v;
+    memcpy(inside + i, &in, sizeof in);
+    memcpy(across + i, &all, sizeof all);
+  }
+}
+
+const NeighborsKernels neighbors_kernels{scan, sq_distance, product, gaussian, unpack, add_products};
 }  // namespace bulwark::BULWARK_ISA

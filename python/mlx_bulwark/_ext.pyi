@@ -98,6 +98,9 @@ def embedding_linear_products(
 def knn(
     arrays: list[mx.array], prepared: list[mx.array], k: int, metric: str, stream: Any = None
 ) -> list[mx.array]: ...
+def mmd(
+    rows: mx.array, words: mx.array, n: int, permutations: int, rates: list[float], stream: Any = None
+) -> mx.array: ...
 def noisy_copies(
     x: mx.array,
     n: int,

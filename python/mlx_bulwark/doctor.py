@@ -25,7 +25,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from . import _native
-from .ops import clip, ghost, neighbors, noise, smooth, step, tails
+from .ops import clip, ghost, mmd, neighbors, noise, smooth, step, tails
 
 TIME_LIMIT = 600.0  # seconds of a child process; compiling all Metal kernels takes some ten
 SIZE = 10_003
@@ -425,6 +425,21 @@ def _knn() -> Iterator[Case]:
         for metric in neighbors.METRICS:
             yield Case(f"{_name(dtype)}, {metric}", partial(neighbors.knn, x, y, 7, metric))
     yield Case("themselves", partial(neighbors.knn, _normals((300, 33)), k=40))
+
+
+def _discrepancies(*samples: mx.array, stream: _native.Stream, **arguments: Any) -> mx.array:
+    """The statistic, and those of permutations."""
+    found = mmd.mmd(*samples, stream=stream, **arguments)
+    return mx.array([found.statistic, *found.permuted])
+
+
+@_op
+def _mmd() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        x, y = _rows(dtype, (70, 33), (300, 33))
+        yield Case(_name(dtype), partial(_discrepancies, x, y + 1, permutations=40, bandwidth=[5.0, 9.0]))
+    near = mx.where(mx.arange(200)[:, None] % 3 == 0, 1.0, -1.0) * 2**20 + mx.round(4 * _normals((200, 3)))
+    yield Case("near each other and far from others", partial(_discrepancies, near[:90], near[90:] + 8, bandwidth=4.0))
 
 
 def _with_holes(x: mx.array) -> mx.array:

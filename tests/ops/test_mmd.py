@@ -1,4 +1,7 @@
 import math
+import os
+import subprocess
+import sys
 
 import mlx.core as mx
 import mlx_bulwark as bw
@@ -6,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_bulwark import _native
 from scipy import stats
 from scipy.spatial.distance import pdist
 from sklearn.metrics.pairwise import rbf_kernel
@@ -214,3 +218,41 @@ def test_refusals(x, y, arguments, message):
     with pytest.raises(ValueError, match=r"^\[mmd\] ") as error:
         bw.mmd(x, y, **arguments)
     assert message in str(error.value)
+
+
+def test_threads_change_nothing():
+    x, y = rand((900, 9)), rand((1100, 9), seed=1)
+    with _native.using("native"):
+        want = bw.mmd(x, y, permutations=40)
+        try:
+            for threads in (1, 3):
+                _native.ext.set_num_threads(threads)
+                got = bw.mmd(x, y, permutations=40)
+                assert got[:3] == want[:3]
+                np.testing.assert_array_equal(got.permuted, want.permuted)
+        finally:
+            _native.ext.set_num_threads(os.cpu_count() or 1)
+
+
+def values_elsewhere(before, **environment):
+    """The tests of values in a process of their own, on the CPU."""
+    code = f"import sys; {before}; import pytest; sys.exit(pytest.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "-q", __file__, "-k", "values or several or near_rows or tiny or bandwidth"],
+        env=os.environ | {"BULWARK_TEST_BACKENDS": "native"} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "darwin", reason="one instruction set")
+@pytest.mark.parametrize("isa", ["base", "avx2", "avx512"])
+def test_every_instruction_set(isa):
+    values_elsewhere("pass", BULWARK_ISA=isa)
+
+
+@pytest.mark.slow
+def test_without_a_blas():
+    values_elsewhere("sys.modules['scipy_openblas32'] = None")

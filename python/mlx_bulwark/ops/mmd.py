@@ -109,8 +109,8 @@ def mmd(
 def mmd_reference(rows: mx.array, words: mx.array, n: int, permutations: int, rates: list[float]) -> mx.array:
     """Sums of kernels over rows that are prepared, in plain MLX ops, tile by tile.
 
-    ``[2, 3 + 2 permutations]``, float32, sums and what their rounding lost: over the first n rows, between these and the
-    others, and over the others; then of each permutation over its rows, and between these and all.
+    ``[2, 3 + 2 permutations]``, float32, sums and what their rounding lost: over the first n rows, between these and
+    the others, and over the others; then of each permutation over its rows, and between these and all.
     """
     half = 0.5 * rows.square().sum(axis=1)
     exact = not _products_suffice(float(mx.max(half)), rows.shape[1], max(rates))
@@ -150,6 +150,8 @@ def _(arrays: list[mx.array], stream: Any, parameters: str) -> list[mx.array]:
 
 
 def _sums(rows: mx.array, words: mx.array, n: int, permutations: int, rates: list[float], stream: Stream) -> mx.array:
+    if _native.runs_native(stream) and not _native.ext.on_metal(stream):
+        return _native.ext.mmd(rows, words, n, permutations, rates, stream)
     with _on(stream):
         return mmd_reference(rows, words, n, permutations, rates)
 
