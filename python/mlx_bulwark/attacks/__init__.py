@@ -8,6 +8,7 @@ from .fab import FAB
 from .fgsm import FGSM
 from .losses import cross_entropy, dlr, dlr_targeted, margin
 from .pgd import PGD
+from .square import Square
 from .transfer import Transfer
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "CarliniWagnerL2",
     "DeepFool",
     "Normalized",
+    "Square",
     "Transfer",
     "cross_entropy",
     "dlr",
