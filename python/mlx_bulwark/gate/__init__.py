@@ -1,16 +1,44 @@
 """The gate: what is checked before an array is trusted, in training and at inference."""
 
+from .domain import rule
+from .frames import to_pandera
 from .inputs import GateCounts, GatedOutput, InputError, InputGate
+from .quarantine import Dropped, Quarantine, read_quarantine
+from .readers import ReadError, read
+from .report import GateError, RuleResult, ValidationReport
+from .rules import Contributors, DomainRule, Field, NearDuplicates, Outlier, Relation, SchemaError, Series, Trusted
+from .schema import Schema, Validated
 from .squeezing import JPEG, BitDepth, FeatureSqueezing, MedianSmoothing, straight_through
 
 __all__ = [
     "JPEG",
     "BitDepth",
+    "Contributors",
+    "DomainRule",
+    "Dropped",
     "FeatureSqueezing",
+    "Field",
     "GateCounts",
+    "GateError",
     "GatedOutput",
     "InputError",
     "InputGate",
     "MedianSmoothing",
+    "NearDuplicates",
+    "Outlier",
+    "Quarantine",
+    "ReadError",
+    "Relation",
+    "RuleResult",
+    "Schema",
+    "SchemaError",
+    "Series",
+    "Trusted",
+    "Validated",
+    "ValidationReport",
+    "read",
+    "read_quarantine",
+    "rule",
     "straight_through",
+    "to_pandera",
 ]
