@@ -1,14 +1,23 @@
-"""Projected steps of attacks, on batches of images [128, 3, 32, 32].
+"""Projected steps of attacks, on batches of images [128, 3, 32, 32], and PGD as a whole.
 
-Against their plain-MLX reference, compiled, and the projection onto the L1 ball and the box by sorting.
+Steps stand against their plain-MLX reference, compiled, and the projection onto the L1 ball and the box by sorting. PGD
+stands against bare forward and backward passes of the same model, as many as it has steps, and against peers that take
+as many steps on torch with the same weights, threads and BLAS: on the MNIST network that the package `ccexam` ships,
+where the convolutions of MLX and torch decide, and on a perceptron 784-1024-1024-10. The radius is so small that no
+input is done early.
 """
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_bulwark as bw
 import numpy as np
+from mlx_bulwark.attacks import PGD
 from mlx_bulwark.ops import step
 
+from benchmarks import smooth_peers as peers
+
 SHAPE, BOUNDS = (128, 3, 32, 32), (0, 1)
+IMAGES, EPS = 100, 1e-4
 
 
 def run(bench):
@@ -32,6 +41,12 @@ def run(bench):
             "reference": lambda: by_sorting(x, grad, origin, 12.0),
         }
         report(bench, "projected_step_l1", contestants, "vs_sort", "sorting in MLX")
+        if (data := peers.packaged_data()) is not None:
+            x = peers.images(data, IMAGES)
+            torch = bench.peer("torch")
+            pgd(bench, "pgd", peers.cnn(data), torch and peers.torch_cnn(torch, data), x, 10)
+            perceptron = peers.mlp()
+            pgd(bench, "pgd_mlp", Flat(perceptron), torch and torch_mlp(torch, perceptron), x, 40)
     finally:
         mx.set_cache_limit(limit)
 
@@ -58,3 +73,85 @@ def by_sorting(x, grad, origin, eps):
     threshold = mx.take_along_axis(places, at + 1, axis=1) + excess / mx.take_along_axis(slope, at, axis=1)
     left = mx.minimum(mx.maximum(size - threshold, 0), room)
     return mx.clip(o + mx.sign(moved) * left, 0, 1).reshape(SHAPE)
+
+
+class Flat(nn.Module):
+    """A perceptron of images."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def __call__(self, x):
+        return self.model(x.reshape(len(x), -1))
+
+
+def torch_mlp(torch, model):
+    """The perceptron with the same weights."""
+    layers = [torch.nn.Flatten()]
+    for layer in model.layers:
+        if isinstance(layer, nn.Linear):
+            twin = torch.nn.Linear(layer.weight.shape[1], layer.weight.shape[0])
+            twin.weight.data = torch.from_numpy(np.array(layer.weight).copy())
+            twin.bias.data = torch.from_numpy(np.array(layer.bias).copy())
+            layers += [twin, torch.nn.ReLU()]
+    return torch.nn.Sequential(*layers[:-1]).eval()
+
+
+def pgd(bench, case, model, twin, x, steps):
+    """Linf PGD of so many steps from a random start, without an early end."""
+    images, alpha = mx.array(x), EPS / 4
+    y = mx.argmax(model(images), axis=1)
+    attack = PGD(EPS, steps=steps, alpha=alpha, early_stop=False)
+    gradient = mx.grad(lambda z: nn.losses.cross_entropy(model(z), y, reduction="sum"))
+
+    def bare():
+        for _ in range(steps):
+            mx.eval(gradient(images))
+
+    contestants = {"ours": lambda: attack(model, images, y), "bare": bare}
+    if twin is not None:
+        contestants |= torch_attacks(bench, twin, x, np.array(y), steps, alpha)
+    bench.check(case, lambda: [within_the_ball(name, f(), x) for name, f in contestants.items() if name != "bare"])
+    times = bench.compare(contestants)
+    bench.row(f"{case}/time_a_step", times["ours"].median / steps * 1e3, "ms", better="lower")
+    ratio = times.ratio("ours", "bare")
+    bench.row(f"{case}/over_bare_passes", ratio, "x", peer="forward and backward", better="lower")
+    for name in contestants:
+        if name not in ("ours", "bare"):
+            bench.row(f"{case}/vs_{name}", times.ratio(name, "ours"), "x", peer=name, better="higher")
+
+
+def torch_attacks(bench, twin, x, y, steps, alpha):
+    """The peers' attacks as functions without arguments."""
+    torch, found = bench.peer("torch"), {}
+    for parameter in twin.parameters():
+        parameter.requires_grad_(False)
+    images, labels = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()), torch.from_numpy(y.astype(np.int64))
+    if foolbox := bench.peer("foolbox"):
+        wrapped = foolbox.PyTorchModel(twin, bounds=BOUNDS, device="cpu")
+        linf = foolbox.attacks.LinfPGD(abs_stepsize=alpha, steps=steps)
+        found["foolbox"] = lambda: linf(wrapped, images, labels, epsilons=EPS)[1].numpy()
+    if torchattacks := bench.peer("torchattacks"):
+        other = torchattacks.PGD(twin, eps=EPS, alpha=alpha, steps=steps)
+        found["torchattacks"] = lambda: other(images, labels).detach().numpy()
+    if bench.peer("art"):
+        from art.attacks.evasion import ProjectedGradientDescentPyTorch
+        from art.estimators.classification import PyTorchClassifier
+
+        classifier = PyTorchClassifier(
+            twin, torch.nn.CrossEntropyLoss(), (1, 28, 28), 10, clip_values=BOUNDS, device_type="cpu"
+        )
+        options = {"max_iter": steps, "num_random_init": 1, "batch_size": len(x), "verbose": False}
+        third = ProjectedGradientDescentPyTorch(classifier, eps=EPS, eps_step=alpha, **options)
+        found["art"] = lambda: third.generate(images.numpy(), y)
+    return found
+
+
+def within_the_ball(name, result, x):
+    """Every side moved, and no further than it may; ours returns what fooled the model, and nothing did."""
+    if name == "ours":
+        assert not result.success.any().item()
+        return
+    moved = np.abs(result.transpose(0, 2, 3, 1) - x).max()
+    assert EPS / 2 < moved <= EPS * 1.01, (name, moved)

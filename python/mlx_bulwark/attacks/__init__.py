@@ -4,6 +4,7 @@ from .apgd import APGD
 from .base import Attack, AttackResult, Normalized
 from .carlini_wagner import CarliniWagnerL2
 from .deepfool import DeepFool
+from .ensemble import AutoAttack
 from .fab import FAB
 from .fgsm import FGSM
 from .losses import cross_entropy, dlr, dlr_targeted, margin
@@ -18,6 +19,7 @@ __all__ = [
     "PGD",
     "Attack",
     "AttackResult",
+    "AutoAttack",
     "CarliniWagnerL2",
     "DeepFool",
     "Normalized",

@@ -59,7 +59,7 @@ class APGD(Attack):
         bounds: Lowest and highest value of a valid input.
         random_start: Start on the surface of the ball; without, the first start is the input itself.
         seed: Of the random starts.
-        compile: Compile a step of a ``nn.Module``. A plain function is never compiled.
+        compile: Compile a step of a ``nn.Module``; None: on a GPU. A plain function is never compiled.
 
     Raises:
         ValueError: An argument has a wrong value.
@@ -90,13 +90,13 @@ class APGD(Attack):
         bounds: tuple[float, float] = (0.0, 1.0),
         random_start: bool = True,
         seed: int = 0,
-        compile: bool = True,
+        compile: bool | None = None,
     ) -> None:
         super().__init__(eps=eps, norm=norm, targeted=targeted, bounds=bounds, seed=seed)
         if eps is None:
             raise self._error("eps must be a number or float32 [B] but is None")
         self.steps, self.restarts = self._count("steps", steps), self._count("restarts", restarts)
-        self.random_start, self.compile = bool(random_start), bool(compile)
+        self.random_start, self.compile = bool(random_start), compile
         self._objective = objective_of(type(self).__name__, loss, self.targeted)
         self.target_classes = None
         if target_classes is not None:

@@ -47,7 +47,7 @@ class CarliniWagnerL2(Attack):
         abort_early: Let inputs leave a search whose loss has not fallen in a tenth of the steps.
         targeted: Lead the model to the ``targets``.
         bounds: Lowest and highest value of a valid input.
-        compile: Compile a step of a ``nn.Module``. A plain function is never compiled.
+        compile: Compile a step of a ``nn.Module``; None: on a GPU. A plain function is never compiled.
 
     Raises:
         ValueError: An argument has a wrong value.
@@ -76,7 +76,7 @@ class CarliniWagnerL2(Attack):
         abort_early: bool = True,
         targeted: bool = False,
         bounds: tuple[float, float] = (0.0, 1.0),
-        compile: bool = True,
+        compile: bool | None = None,
     ) -> None:
         super().__init__(eps=eps, norm="l2", targeted=targeted, bounds=bounds)
         self.binary_search_steps = self._count("binary_search_steps", binary_search_steps)
@@ -84,7 +84,7 @@ class CarliniWagnerL2(Attack):
         self.learning_rate = self._number("learning_rate", learning_rate, above=True)
         self.initial_const = self._number("initial_const", initial_const, above=True)
         self.confidence = self._number("confidence", confidence)
-        self.abort_early, self.compile = bool(abort_early), bool(compile)
+        self.abort_early, self.compile = bool(abort_early), compile
 
     def _perturb(self, model: Model, task: Task, key: mx.array) -> tuple[mx.array, Array]:
         n, step = len(task), compiled(self._step(model), model, self.compile)

@@ -25,7 +25,7 @@ class DeepFool(Attack):
         candidates: Classes that are looked at: those with the largest logits of x.
         targeted: Lead the model to the ``targets``.
         bounds: Lowest and highest value of a valid input.
-        compile: Compile a step of a ``nn.Module``. A plain function is never compiled.
+        compile: Compile a step of a ``nn.Module``; None: on a GPU. A plain function is never compiled.
 
     Raises:
         ValueError: An argument has a wrong value.
@@ -53,13 +53,13 @@ class DeepFool(Attack):
         candidates: int = 10,
         targeted: bool = False,
         bounds: tuple[float, float] = (0.0, 1.0),
-        compile: bool = True,
+        compile: bool | None = None,
     ) -> None:
         super().__init__(eps=eps, norm=norm, targeted=targeted, bounds=bounds)
         if norm == "l1":
             raise self._error("norm must be 'l2' or 'linf' but is 'l1'")
         self.steps, self.candidates = self._count("steps", steps), self._count("candidates", candidates, least=2)
-        self.overshoot, self.compile = self._number("overshoot", overshoot), bool(compile)
+        self.overshoot, self.compile = self._number("overshoot", overshoot), compile
 
     def _perturb(self, model: Model, task: Task, key: mx.array) -> tuple[mx.array, Array]:
         rivals = task.y[:, None]  # of a targeted attack: not looked at

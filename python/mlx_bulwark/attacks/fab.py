@@ -37,7 +37,7 @@ class FAB(Attack):
         eta: How far a step overshoots the boundary, >= 1.
         beta: What is kept of the change when the boundary is crossed, in (0, 1).
         seed: Of the random starts.
-        compile: Compile a step of a ``nn.Module``. A plain function is never compiled.
+        compile: Compile a step of a ``nn.Module``; None: on a GPU. A plain function is never compiled.
 
     Raises:
         ValueError: An argument has a wrong value.
@@ -68,13 +68,13 @@ class FAB(Attack):
         eta: float = 1.05,
         beta: float = 0.9,
         seed: int = 0,
-        compile: bool = True,
+        compile: bool | None = None,
     ) -> None:
         super().__init__(eps=eps, norm=norm, targeted=targeted, bounds=bounds, seed=seed)
         self.steps, self.restarts = self._count("steps", steps), self._count("restarts", restarts)
         self.target_classes = None if target_classes is None else self._count("target_classes", target_classes)
         self.alpha_max, self.eta = self._number("alpha_max", alpha_max), self._number("eta", eta, least=1.0)
-        self.beta, self.compile = self._number("beta", beta, above=True), bool(compile)
+        self.beta, self.compile = self._number("beta", beta, above=True), compile
         if self.beta >= 1:
             raise self._error(f"beta must be in (0, 1) but is {beta!r}")
 

@@ -19,7 +19,7 @@ class FGSM(PGD):
         loss: ``"cross_entropy"``, ``"margin"``, ``"dlr"``, or a function of logits ``[B, C]`` and classes ``[B]`` that
             returns ``[B]``.
         seed: Of the random start.
-        compile: Compile the step of a ``nn.Module``; does not pay for few batches.
+        compile: Compile the step of a ``nn.Module``; None: on a GPU. A plain function is never compiled.
 
     Raises:
         ValueError: An argument has a wrong value.
@@ -48,7 +48,7 @@ class FGSM(PGD):
         bounds: tuple[float, float] = (0.0, 1.0),
         loss: LossName | Loss = "cross_entropy",
         seed: int = 0,
-        compile: bool = False,
+        compile: bool | None = None,
     ) -> None:
         super().__init__(
             eps,

@@ -48,9 +48,13 @@ def with_gradient(model: Model, objective: Objective) -> Callable[..., tuple[mx.
     return gradient
 
 
-def compiled(step: Callable[..., Any], model: Model, compile: bool) -> Callable[..., Any]:
-    """The step, compiled where the model is a module: then all that it reads and writes is known."""
-    if not (compile and isinstance(model, nn.Module)):
+def compiled(step: Callable[..., Any], model: Model, compile: bool | None) -> Callable[..., Any]:
+    """The step, compiled where the model is a module: then all that it reads and writes is known.
+
+    On the CPU a compiled network is no faster and a compiler takes seconds, so that None compiles on a GPU alone.
+    """
+    wanted = mx.default_device() == mx.gpu if compile is None else compile
+    if not (wanted and isinstance(model, nn.Module)):
         return step
     state = [model.state, mx.random.state]
     return mx.compile(step, inputs=state, outputs=state)

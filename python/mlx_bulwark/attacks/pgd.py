@@ -35,7 +35,7 @@ class PGD(Attack):
         early_stop: End each input at its first success. Without, all steps are taken and the last one counts, as
             attacks that are transferred to another model want it.
         seed: Of the random starts.
-        compile: Compile a step of a ``nn.Module``. A plain function is never compiled.
+        compile: Compile a step of a ``nn.Module``; None: on a GPU. A plain function is never compiled.
 
     Raises:
         ValueError: An argument has a wrong value.
@@ -72,7 +72,7 @@ class PGD(Attack):
         loss: LossName | Loss = "cross_entropy",
         early_stop: bool = True,
         seed: int = 0,
-        compile: bool = True,
+        compile: bool | None = None,
     ) -> None:
         super().__init__(eps=eps, norm=norm, targeted=targeted, bounds=bounds, seed=seed)
         if eps is None:
@@ -80,7 +80,7 @@ class PGD(Attack):
         self.steps, self.restarts = self._count("steps", steps), self._count("restarts", restarts)
         self.alpha = None if alpha is None else self._number("alpha", alpha)
         self.momentum = self._number("momentum", momentum)
-        self.random_start, self.early_stop, self.compile = bool(random_start), bool(early_stop), bool(compile)
+        self.random_start, self.early_stop, self.compile = bool(random_start), bool(early_stop), compile
         self._objective = objective_of(type(self).__name__, loss, self.targeted)
 
     def _perturb(self, model: Model, task: Task, key: mx.array) -> tuple[mx.array, Array]:
