@@ -3,12 +3,15 @@
 from .apgd import APGD
 from .base import Attack, AttackResult, Normalized
 from .carlini_wagner import CarliniWagnerL2
+from .checks import Flag
 from .deepfool import DeepFool
 from .ensemble import AutoAttack
+from .evaluate import AttackSummary, EpsSweep, RobustReport, accuracy_over_eps, robust_accuracy
 from .fab import FAB
 from .fgsm import FGSM
 from .losses import cross_entropy, dlr, dlr_targeted, margin
 from .pgd import PGD
+from .plot import plot_robust_accuracy
 from .square import Square
 from .transfer import Transfer
 
@@ -19,14 +22,21 @@ __all__ = [
     "PGD",
     "Attack",
     "AttackResult",
+    "AttackSummary",
     "AutoAttack",
     "CarliniWagnerL2",
     "DeepFool",
+    "EpsSweep",
+    "Flag",
     "Normalized",
+    "RobustReport",
     "Square",
     "Transfer",
+    "accuracy_over_eps",
     "cross_entropy",
     "dlr",
     "dlr_targeted",
     "margin",
+    "plot_robust_accuracy",
+    "robust_accuracy",
 ]
