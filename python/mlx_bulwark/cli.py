@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .demo import DemoOptions, Figures
     from .demo.progress import Stop
     from .doctor import Report
+    from .gate.drift_command import DriftOptions
     from .privacy import AuditReport
     from .smoothing.command import CertifyOptions
 
@@ -71,6 +72,14 @@ by line; the same command goes on where it was interrupted, with fresh noise. An
 
 Exit codes: 0 done, 1 a package is missing or a file cannot be written, 2 an option or the data cannot be used, 130 \
 interrupted."""
+
+DRIFT_HELP = """Compare new data to a reference: has what it comes from drifted?
+
+Both files are .csv with a header, .json, .jsonl, .parquet, .npy, .npz or .safetensors. Each column is tested, numbers by \
+Kolmogorov-Smirnov, words by chi-square, and all together by MMD and by a classifier. Drift is what is significant \
+and large enough to matter.
+
+Exit codes: 0 no drift, 1 drift, 2 an option or a file cannot be used or a package is missing, 130 interrupted."""
 
 
 def main() -> None:
@@ -334,6 +343,35 @@ def _app() -> "typer.Typer":
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
 
+    @app.command(help=DRIFT_HELP)
+    def drift(
+        ref: Annotated[Path, typer.Argument(help="The reference.", show_default=False)],
+        new: Annotated[Path, typer.Argument(help="What is compared to it.", show_default=False)],
+        alpha: Annotated[float, typer.Option(help="Rate of false alarms of the whole comparison.")] = 0.05,
+        min_effect: Annotated[
+            float, typer.Option(help="Least KS statistic, or share of rows that moved, that matters.")
+        ] = 0.1,
+        categorical: Annotated[
+            str | None,
+            typer.Option(metavar="A,B,...", help="Columns of numbers that are categories.", show_default=False),
+        ] = None,
+        columns_only: Annotated[
+            bool, typer.Option("--columns-only", help="Leave out the tests of all columns.")
+        ] = False,
+        seed: Annotated[int, typer.Option(help="Of the rows and permutations that are drawn.")] = 0,
+        json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+        plot: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Draw the effects into this PNG file.", show_default=False)
+        ] = None,
+    ) -> None:
+        from .gate.drift_command import DriftOptions
+
+        names = () if categorical is None else tuple(categorical.split(","))
+        try:
+            sys.exit(_drift(DriftOptions(ref, new, alpha, min_effect, names, not columns_only, seed), plot, json))
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+
     @app.command(help=CERTIFY_HELP)
     def certify(
         model: Annotated[
@@ -443,6 +481,21 @@ def _outliers(file: Path, options: dict[str, Any], csv: Path | None, json: Path 
     except OSError as e:
         _fail(f"{e.filename or file}: {e.strerror or e}", code=1)
     return 0
+
+
+def _drift(options: "DriftOptions", plot: Path | None, as_json: bool) -> int:
+    from .gate.drift_command import run_drift
+
+    try:
+        report = run_drift(options)
+        if plot is not None:
+            report.plot(plot)
+    except (ValueError, ImportError) as e:
+        _fail(str(e), code=2)
+    except OSError as e:
+        _fail(f"{e.filename or options.new}: {e.strerror or e}", code=2)
+    print(report.to_json() if as_json else report.table())
+    return int(report.drift)
 
 
 def _budget(path: Path, delta: float, accountant: str | None, as_json: bool) -> int:
