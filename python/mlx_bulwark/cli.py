@@ -75,9 +75,9 @@ interrupted."""
 
 DRIFT_HELP = """Compare new data to a reference: has what it comes from drifted?
 
-Both files are .csv with a header, .json, .jsonl, .parquet, .npy, .npz or .safetensors. Each column is tested, numbers by \
-Kolmogorov-Smirnov, words by chi-square, and all together by MMD and by a classifier. Drift is what is significant \
-and large enough to matter.
+Both files are .csv with a header, .json, .jsonl, .parquet, .npy, .npz or .safetensors. Each column is tested, \
+numbers by Kolmogorov-Smirnov, words by chi-square, and all together by MMD and by a classifier. Drift is what is \
+significant and large enough to matter.
 
 Exit codes: 0 no drift, 1 drift, 2 an option or a file cannot be used or a package is missing, 130 interrupted."""
 

@@ -186,6 +186,8 @@ def _csv(f: BinaryIO, path: Path, max_bytes: int) -> dict[str, Array]:
                 column.append(cell)
     except csv.Error as e:
         raise ReadError(f"[read] {path} must be CSV but line {rows.line_num}: {e}") from None
+    finally:
+        text.detach()  # the file is closed by who opened it
     return {name: _column(column) for name, column in zip(names, columns, strict=True)}
 
 
