@@ -9,6 +9,7 @@ from .ensemble import AutoAttack
 from .evaluate import AttackSummary, EpsSweep, RobustReport, accuracy_over_eps, robust_accuracy
 from .fab import FAB
 from .fgsm import FGSM
+from .hop_skip_jump import HopSkipJump
 from .losses import cross_entropy, dlr, dlr_targeted, margin
 from .pgd import PGD
 from .plot import plot_robust_accuracy
@@ -28,6 +29,7 @@ __all__ = [
     "DeepFool",
     "EpsSweep",
     "Flag",
+    "HopSkipJump",
     "Normalized",
     "RobustReport",
     "Square",

@@ -9,6 +9,7 @@ import numpy as np
 from .base import Array, Attack, Model
 from .fgsm import FGSM
 from .gradients import with_gradient
+from .hop_skip_jump import HopSkipJump
 from .losses import cross_entropy
 from .pgd import PGD
 from .square import Square
@@ -18,7 +19,7 @@ FEW, MANY = 5, 50  # steps that are compared
 QUERIES = 200  # of the black-box attack that is compared with them
 TOLERANCE = 0.02  # share of the inputs by which a weaker attack may be ahead by chance
 UNUSED = 0.1  # share of the bounds that data must use
-BLACK_BOX: tuple[type[Attack], ...] = (Square, Transfer)
+BLACK_BOX: tuple[type[Attack], ...] = (HopSkipJump, Square, Transfer)
 
 
 @dataclass(frozen=True)
