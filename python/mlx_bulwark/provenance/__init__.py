@@ -1,0 +1,30 @@
+"""Where data and models came from, whether they are still what they were, and who did what with them.
+
+`Manifest` holds digests of a tree of files and verifies it; `sign` and `verify_signature` sign it. `AuditLog` is an
+append-only log in a hash chain. `fetch`, `capture_environment`, `lineage` and Croissant are built on them.
+"""
+
+from .audit_log import AuditLog, Head, LogVerification
+from .hashing import file_digest, merkle_root
+from .keys import new_key
+from .manifest import Diff, Finding, Manifest, Verification
+from .safetensors_header import read_header
+from .signing import sign, verify_signature
+from .strict_json import ProvenanceError
+
+__all__ = [
+    "AuditLog",
+    "Diff",
+    "Finding",
+    "Head",
+    "LogVerification",
+    "Manifest",
+    "ProvenanceError",
+    "Verification",
+    "file_digest",
+    "merkle_root",
+    "new_key",
+    "read_header",
+    "sign",
+    "verify_signature",
+]
