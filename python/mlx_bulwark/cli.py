@@ -11,6 +11,7 @@ from . import __version__
 if TYPE_CHECKING:
     import typer
 
+    from .attacks.command import AttackOptions
     from .demo import DemoOptions, Figures
     from .demo.progress import Stop
     from .doctor import Report
@@ -80,6 +81,17 @@ numbers by Kolmogorov-Smirnov, words by chi-square, and all together by MMD and 
 significant and large enough to matter.
 
 Exit codes: 0 no drift, 1 drift, 2 an option or a file cannot be used or a package is missing, 130 interrupted."""
+
+ATTACK_HELP = """Attack a classifier: accuracy on clean data and in the worst case of one or several attacks.
+
+MODEL is module:function, a function without arguments that returns a mlx.nn.Module; the current folder is \
+searched too. DATA is an .npz file with the arrays x and y (or x_test and y_test, images and labels, data and labels), \
+inputs within the bounds, in the unit of eps. Beside the figures stand flags: signs that attacks failed where the \
+model did not resist, such as masked gradients.
+
+Exit codes: 0 done and nothing is flagged, 1 a package is missing or a file cannot be written, 2 an option or the data \
+cannot be used, 3 done and something is flagged, 130 interrupted."""
+FLAGGED = 3
 
 
 def main() -> None:
@@ -446,6 +458,77 @@ def _app() -> "typer.Typer":
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
 
+    @app.command(help=ATTACK_HELP)
+    def attack(
+        model: Annotated[
+            str, typer.Option(metavar="MODULE:FUNCTION", help="Makes the classifier.", show_default=False)
+        ],
+        data: Annotated[Path, typer.Option(metavar="FILE", help="Inputs and labels, .npz.", show_default=False)],
+        eps: Annotated[
+            list[float], typer.Option(help="Radius of the attacks; give it several times.", show_default=False)
+        ],
+        weights: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Weights of the model, .safetensors.", show_default=False)
+        ] = None,
+        norm: Annotated[str, typer.Option(metavar="linf|l2|l1", help="Norm of the radius.")] = "linf",
+        attack: Annotated[
+            list[str] | None,
+            typer.Option(
+                help="fgsm, pgd, apgd, apgd-dlr, apgd-t, cw, deepfool, fab, square, hopskipjump or autoattack; give it "
+                "several times. Default: autoattack.",
+                show_default=False,
+            ),
+        ] = None,
+        bounds: Annotated[
+            tuple[float, float], typer.Option(metavar="LOW HIGH", help="Lowest and highest value of an input.")
+        ] = (0.0, 1.0),
+        steps: Annotated[
+            int | None, typer.Option(help="Steps of attacks by gradients. Default: the attack's.", show_default=False)
+        ] = None,
+        restarts: Annotated[
+            int | None, typer.Option(help="Starts of attacks by gradients. Default: 1.", show_default=False)
+        ] = None,
+        queries: Annotated[
+            int | None, typer.Option(help="Queries of attacks without. Default: 5000.", show_default=False)
+        ] = None,
+        inputs: Annotated[
+            int | None, typer.Option(help="Attack the first so many inputs. Default: all.", show_default=False)
+        ] = None,
+        batch_size: Annotated[int, typer.Option(help="Inputs that are attacked at once.")] = 256,
+        seed: Annotated[int, typer.Option(help="Of all that the attacks draw.")] = 0,
+        checks: Annotated[bool, typer.Option(help="Look for masked gradients and the like.")] = True,
+        plot: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Draw accuracy over radius, PNG.", show_default=False)
+        ] = None,
+        json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+        progress: Annotated[bool, typer.Option(help="Show a bar on standard error.")] = True,
+    ) -> None:
+        if plot is not None:
+            _require("demo", "matplotlib")
+        from .attacks.command import AttackOptions
+
+        options = AttackOptions(
+            model,
+            weights,
+            data,
+            tuple(eps),
+            norm,  # type: ignore[arg-type]  # anything else is refused with its words
+            tuple(attack or ["autoattack"]),
+            bounds,
+            steps,
+            restarts,
+            queries,
+            inputs,
+            batch_size,
+            seed,
+            checks,
+            progress,
+        )
+        try:
+            sys.exit(_attack(options, plot, json))
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+
     @app.command(
         help="Fine-tune a model of mlx-lm with differential privacy; options as of mlx_lm.lora.",
         add_help_option=False,
@@ -579,6 +662,33 @@ def _certify(options: "CertifyOptions", plot: Path | None, as_json: bool) -> int
     if plot is not None:
         print(f"picture    {plot}")
     return INTERRUPTED if found.interrupted else 0
+
+
+def _attack(options: "AttackOptions", plot: Path | None, as_json: bool) -> int:
+    from rich.console import Console
+
+    from .attacks.command import run_attack
+
+    try:
+        found = run_attack(options)
+        if plot is not None:
+            found.plot(plot, unit=f"{options.norm} radius")
+    except ValueError as e:
+        _fail(str(e), code=2)
+    except OSError as e:
+        _fail(f"{e.filename} cannot be read or written: {e.strerror}", code=1)
+    flags = {flag.name: flag.reason for report in found.reports.values() for flag in report.flags}
+    if as_json:
+        print(found.to_json())
+        return FLAGGED if flags else 0
+    console = Console(highlight=False)
+    for report in found.reports.values():
+        console.print(report.table())
+    for name, reason in flags.items():
+        print(f"flag       {name}: {reason}")
+    if plot is not None:
+        print(f"picture    {plot}")
+    return FLAGGED if flags else 0
 
 
 def _dp_lora(arguments: list[str]) -> int:

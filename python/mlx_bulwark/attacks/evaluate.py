@@ -74,14 +74,17 @@ class RobustReport:
         }
 
     def table(self) -> "Table":
-        """Return a table of the attacks for ``rich.print``; rich comes with the extra ``cli``."""
+        """Return a table for ``rich.print``: robust accuracy, success rate, median distance and mean queries.
+
+        rich comes with the extra ``cli``.
+        """
         try:
             from rich.table import Table
         except ImportError as e:
             raise ImportError('[table] rich is missing; pip install "mlx-bulwark[cli]" brings it') from e
         table = Table("attack", "norm")
-        for title in ("eps", "robust accuracy", "success rate", "median distance", "mean queries", "seconds"):
-            table.add_column(title, justify="right")
+        for title in ("eps", "accuracy", "success", "distance", "queries", "seconds"):
+            table.add_column(title, justify="right", no_wrap=True)
         table.add_row("none", "", "", f"{self.clean_accuracy:.4f}", *[""] * 4)
         for a in self.attacks:
             shares = f"{a.robust_accuracy:.4f}", _text(a.attack_success_rate, ".4f"), _text(a.median_distance, ".4g")

@@ -37,7 +37,7 @@ class Square(Attack):
         targeted: Lower the cross-entropy of the ``targets`` instead of the margin of ``y``.
         bounds: Lowest and highest value of a valid input.
         seed: Of all windows and signs.
-        compile: Compile a step of a ``nn.Module``. A plain function is never compiled.
+        compile: Compile a step of a ``nn.Module``; None: on a GPU. A plain function is never compiled.
 
     Raises:
         ValueError: An argument has a wrong value.
@@ -67,7 +67,7 @@ class Square(Attack):
         targeted: bool = False,
         bounds: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
-        compile: bool = True,
+        compile: bool | None = None,
     ) -> None:
         super().__init__(eps=eps, norm=norm, targeted=targeted, bounds=bounds, seed=seed)
         if eps is None:
@@ -76,7 +76,7 @@ class Square(Attack):
         self.p_init = self._number("p_init", p_init, above=True)
         if self.p_init > 1:
             raise self._error(f"p_init must be in (0, 1] but is {p_init!r}")
-        self.rescale_schedule, self.compile = bool(rescale_schedule), bool(compile)
+        self.rescale_schedule, self.compile = bool(rescale_schedule), compile
 
     def _share(self, iteration: int) -> float:
         """Of the input that a window covers."""
