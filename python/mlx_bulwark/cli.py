@@ -93,6 +93,14 @@ Exit codes: 0 done and nothing is flagged, 1 a package is missing or a file cann
 cannot be used, 3 done and something is flagged, 130 interrupted."""
 FLAGGED = 3
 
+GATE_HELP = """Hold data against a schema before they are trusted, or infer a schema from data that are.
+
+DATA is .npz, .npy, .csv, .json, .jsonl, .parquet or .safetensors; its size is bounded before it is read, no pickle is \
+loaded, and a malformed file is a finding.
+
+Exit codes: 0 all rules hold, 1 findings, 2 an option, the schema or a path cannot be used or a package is missing, \
+130 interrupted."""
+
 
 def main() -> None:
     """Run the command line."""
@@ -526,6 +534,58 @@ def _app() -> "typer.Typer":
         )
         try:
             sys.exit(_attack(options, plot, json))
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+
+    gate = typer.Typer(help=GATE_HELP, no_args_is_help=True)
+    app.add_typer(gate, name="gate")
+    max_bytes_help = "Most bytes of the file and of the arrays in it."
+
+    @gate.command("check", help="Hold DATA against a schema.\n\n" + GATE_HELP.partition("\n\n")[2])
+    def gate_check(
+        data: Annotated[Path, typer.Argument(help="A file that is not trusted.", show_default=False)],
+        schema: Annotated[Path, typer.Option(metavar="FILE", help="The schema, JSON.", show_default=False)],
+        quarantine: Annotated[
+            Path | None,
+            typer.Option(metavar="FILE", help="Append rows that break a rule to this file.", show_default=False),
+        ] = None,
+        max_bytes: Annotated[int, typer.Option(min=1, help=max_bytes_help)] = 4 << 30,
+        json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    ) -> None:
+        from .gate import command
+
+        try:
+            sys.exit(command.check(data, schema, quarantine, max_bytes, json))
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+
+    @gate.command("infer", help="Infer a schema from DATA that are trusted.")
+    def gate_infer(
+        data: Annotated[Path, typer.Argument(help="A file that is trusted.", show_default=False)],
+        out: Annotated[
+            Path | None,
+            typer.Option(metavar="FILE", help="Write the schema to this file. Default: print it.", show_default=False),
+        ] = None,
+        quantiles: Annotated[
+            tuple[float, float], typer.Option(metavar="LOW HIGH", help="Quantiles that later data are tested for.")
+        ] = (0.001, 0.999),
+        margin: Annotated[float, typer.Option(help="How far hard limits lie outside, in ranges of the values.")] = 1.0,
+        false_alarm: Annotated[float, typer.Option(help="Probability that all tests together refuse clean data.")] = (
+            1e-3
+        ),
+        max_bytes: Annotated[int, typer.Option(min=1, help=max_bytes_help)] = 4 << 30,
+        json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
+    ) -> None:
+        from .gate import command
+
+        options: dict[str, Any] = {
+            "quantiles": quantiles,
+            "margin": margin,
+            "false_alarm": false_alarm,
+            "max_bytes": max_bytes,
+        }
+        try:
+            sys.exit(command.infer(data, out, json, **options))
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
 

@@ -1,5 +1,6 @@
 """The gate: what is checked before an array is trusted, in training and at inference."""
 
+from .augmentation import GuardedAugmentation, augmentation
 from .domain import rule
 from .drift import Drift, DriftReport, DriftResult
 from .frames import to_pandera
@@ -10,6 +11,7 @@ from .report import GateError, RuleResult, ValidationReport
 from .rules import Contributors, DomainRule, Field, NearDuplicates, Outlier, Relation, SchemaError, Series, Trusted
 from .schema import Schema, Validated
 from .squeezing import JPEG, BitDepth, FeatureSqueezing, MedianSmoothing, straight_through
+from .stream import Dataset, Stream, dataset, stream
 from .two_sample import (
     PSI,
     TwoSample,
@@ -27,6 +29,7 @@ __all__ = [
     "PSI",
     "BitDepth",
     "Contributors",
+    "Dataset",
     "DomainRule",
     "Drift",
     "DriftReport",
@@ -37,6 +40,7 @@ __all__ = [
     "GateCounts",
     "GateError",
     "GatedOutput",
+    "GuardedAugmentation",
     "InputError",
     "InputGate",
     "MedianSmoothing",
@@ -49,13 +53,16 @@ __all__ = [
     "Schema",
     "SchemaError",
     "Series",
+    "Stream",
     "Trusted",
     "TwoSample",
     "Validated",
     "ValidationReport",
+    "augmentation",
     "benjamini_hochberg",
     "chi_square",
     "classifier_two_sample",
+    "dataset",
     "kolmogorov_smirnov",
     "maximum_mean_discrepancy",
     "population_stability_index",
@@ -63,6 +70,7 @@ __all__ = [
     "read_quarantine",
     "rule",
     "straight_through",
+    "stream",
     "to_pandera",
     "wasserstein",
 ]

@@ -1,35 +1,57 @@
-"""What ``mlx-bulwark gate`` does."""
+"""What ``mlx-bulwark gate`` does; each returns its exit status."""
 
+import json
+import sys
 from pathlib import Path
+from typing import Any
 
 from .quarantine import Quarantine
-from .readers import MAX_BYTES, read
-from .report import ValidationReport
+from .readers import ReadError, read
+from .report import GateError
 from .schema import Schema
 
+OK, FOUND, MISUSED = 0, 1, 2
 
-def check(data: Path, schema: Path, *, quarantine: Path | None = None, max_bytes: int = MAX_BYTES) -> ValidationReport:
+
+def check(data: Path, schema: Path, quarantine: Path | None, max_bytes: int, as_json: bool) -> int:
     """Hold a file against a schema; with a quarantine, keep there what breaks rules of rows."""
-    rules = Schema.load(schema)
-    run, report = rules._run(read(data, max_bytes=max_bytes))
-    if quarantine is not None and report.bad_rows.any():
-        Quarantine(quarantine).write(run, report)
-    return report
+    try:
+        rules = Schema.load(schema)
+    except (ValueError, OSError) as e:
+        return _refused(e, MISUSED, as_json)
+    try:
+        run, report = rules._run(read(data, max_bytes=max_bytes))
+        if quarantine is not None and report.bad_rows.any():
+            Quarantine(quarantine).write(run, report)
+    except (ReadError, GateError) as e:
+        return _refused(e, FOUND, as_json)
+    except (ValueError, OSError, ImportError) as e:
+        return _refused(e, MISUSED, as_json)
+    if as_json:
+        print(report.to_json())
+    else:
+        report.show()
+    return OK if report.ok else FOUND
 
 
-def infer(
-    data: Path,
-    *,
-    quantiles: tuple[float, float],
-    margin: float,
-    false_alarm: float,
-    max_bytes: int = MAX_BYTES,
-) -> Schema:
+def infer(data: Path, out: Path | None, as_json: bool, *, max_bytes: int, **options: Any) -> int:
     """Infer a schema from a file that is trusted."""
-    return Schema.infer(
-        read(data, max_bytes=max_bytes),
-        quantiles=quantiles,
-        margin=margin,
-        false_alarm=false_alarm,
-        name=data.stem,
-    )
+    try:
+        schema = Schema.infer(read(data, max_bytes=max_bytes), name=data.stem, **options)
+        if out is not None:
+            schema.save(out)
+    except (ValueError, OSError, ImportError) as e:
+        return _refused(e, MISUSED, as_json)
+    if out is None or as_json:
+        print(schema.to_json())
+    else:
+        print(f"{out}: {len(schema.fields)} fields")
+    return OK
+
+
+def _refused(error: Exception, code: int, as_json: bool) -> int:
+    words = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+    if as_json:
+        print(json.dumps({"ok": False, "error": words}))
+    print(f"mlx-bulwark: {words}", file=sys.stderr)
+    return code

@@ -83,14 +83,14 @@ def _opened(path: Path, max_bytes: int) -> BinaryIO:
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     if path.is_symlink():
         raise ReadError(f"[read] {path} must be a file but is a link")
-    f = os.fdopen(os.open(path, flags), "rb")
-    status = os.fstat(f.fileno())
-    if not stat.S_ISREG(status.st_mode) or status.st_size > max_bytes:
-        f.close()
-        if not stat.S_ISREG(status.st_mode):
-            raise ReadError(f"[read] {path} must be a file but is a folder, a device or a pipe")
-        raise ReadError(f"[read] {path} must have at most {max_bytes} bytes but has {status.st_size}")
-    return f
+    number = os.open(path, flags)
+    status = os.fstat(number)
+    if stat.S_ISREG(status.st_mode) and status.st_size <= max_bytes:
+        return os.fdopen(number, "rb")
+    os.close(number)
+    if not stat.S_ISREG(status.st_mode):
+        raise ReadError(f"[read] {path} must be a file but is a folder, a device or a pipe")
+    raise ReadError(f"[read] {path} must have at most {max_bytes} bytes but has {status.st_size}")
 
 
 def _npy(f: BinaryIO, path: Path, max_bytes: int) -> dict[str, Array]:
@@ -168,8 +168,11 @@ def _refuse_member(m: zipfile.ZipInfo, name: str) -> None:
 
 
 def _csv(f: BinaryIO, path: Path, max_bytes: int) -> dict[str, Array]:
-    text = io.TextIOWrapper(f, encoding="utf-8-sig", newline="")
-    rows = csv.reader(_lines(text, path), strict=True)
+    with io.TextIOWrapper(f, encoding="utf-8-sig", newline="") as text:
+        return _csv_table(csv.reader(_lines(text, path), strict=True), path)
+
+
+def _csv_table(rows: Any, path: Path) -> dict[str, Array]:
     try:
         names = next(rows, None)
         if not names:
@@ -186,8 +189,6 @@ def _csv(f: BinaryIO, path: Path, max_bytes: int) -> dict[str, Array]:
                 column.append(cell)
     except csv.Error as e:
         raise ReadError(f"[read] {path} must be CSV but line {rows.line_num}: {e}") from None
-    finally:
-        text.detach()  # the file is closed by who opened it
     return {name: _column(column) for name, column in zip(names, columns, strict=True)}
 
 
