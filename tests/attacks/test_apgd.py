@@ -156,6 +156,13 @@ def test_losses_are_their_formulas():
     assert np.allclose(dlr_targeted(*arrays, mx.array(t)), (z[i, t] - z[i, y]) / scale, rtol=1e-4, atol=1e-5)
 
 
+def test_cross_entropy_has_a_gradient_where_the_class_is_certain():
+    """1 - p of 1e-26 is nothing beside 1, and its gradient is right all the same."""
+    z = mx.array([[80.0, 20.0, 10.0]])
+    grad = np.array(mx.grad(lambda z: cross_entropy(z, mx.array([0])).sum())(z), np.float64)
+    assert np.allclose(grad[0] / np.exp(-60.0), [-1 - np.exp(-10), 1, np.exp(-10)], rtol=1e-4)
+
+
 def test_all_logits_below_zero():
     """The class is masked by -inf, so that the best other one is found."""
     assert margin(mx.array([[-5.0, -9.0, -7.0]]), mx.array([0])).item() == -2

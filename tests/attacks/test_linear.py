@@ -190,7 +190,7 @@ def reach(norm, x, w, rise):
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 2**32 - 1), st.sampled_from(["linf", "l2", "l1"]), st.sampled_from([1, 2, 7, 31]))
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["linf", "l2", "l1"]), st.sampled_from([1, 2, 7, 31, 784]))
 def test_moves_to_hyperplanes(seed, norm, d):
     """The least norm, on the hyperplane or as far as the box allows, in the box."""
     rng = np.random.default_rng(seed)

@@ -11,7 +11,7 @@ from .base import Array, Attack, Model, Remaining, Task, column, predicted
 from .gradients import boundaries_of, compiled, nearest
 from .losses import TINY
 
-ROUNDS = 20  # of Newton's method; it ends after a few, at the latest after as many as there are coordinates
+ROUNDS = 12  # of Newton's method, which ends after a few; before its end a move is too short, never too long
 LEAST = 1e-8  # of a distance
 FINAL = 10  # halvings between the input and what was found
 
