@@ -601,6 +601,9 @@ def _app() -> "typer.Typer":
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
 
+    from .provenance.command import add_commands
+
+    add_commands(app)
     return app
 
 

@@ -5,8 +5,12 @@ append-only log in a hash chain. `fetch`, `capture_environment`, `lineage` and C
 """
 
 from .audit_log import AuditLog, Head, LogVerification
+from .croissant import from_croissant, to_croissant
+from .environment import capture_environment, verify_environment
+from .fetching import fetch
 from .hashing import file_digest, merkle_root
 from .keys import new_key
+from .lineage import Lineage, lineage
 from .manifest import Diff, Finding, Manifest, Verification
 from .safetensors_header import read_header
 from .signing import sign, verify_signature
@@ -17,14 +21,21 @@ __all__ = [
     "Diff",
     "Finding",
     "Head",
+    "Lineage",
     "LogVerification",
     "Manifest",
     "ProvenanceError",
     "Verification",
+    "capture_environment",
+    "fetch",
     "file_digest",
+    "from_croissant",
+    "lineage",
     "merkle_root",
     "new_key",
     "read_header",
     "sign",
+    "to_croissant",
+    "verify_environment",
     "verify_signature",
 ]

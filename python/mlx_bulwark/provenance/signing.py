@@ -49,8 +49,7 @@ def sign(
         _local(lambda: config.use_elliptic_key_signer(private_key=key), key)
         config.sign(manifest, signature)
         return
-    config.use_sigstore_signer(identity_token=identity_token)
-    _online(lambda: config.sign(manifest, signature))
+    _online(lambda: config.use_sigstore_signer(identity_token=identity_token).sign(manifest, signature))
 
 
 def verify_signature(
