@@ -5,6 +5,7 @@ from .domain import rule
 from .drift import Drift, DriftReport, DriftResult
 from .frames import to_pandera
 from .inputs import GateCounts, GatedOutput, InputError, InputGate
+from .numerics import LayerNumerics, NumericsReport, probe_numerics
 from .quarantine import Dropped, Quarantine, read_quarantine
 from .readers import ReadError, read
 from .report import GateError, RuleResult, ValidationReport
@@ -43,8 +44,10 @@ __all__ = [
     "GuardedAugmentation",
     "InputError",
     "InputGate",
+    "LayerNumerics",
     "MedianSmoothing",
     "NearDuplicates",
+    "NumericsReport",
     "Outlier",
     "Quarantine",
     "ReadError",
@@ -66,6 +69,7 @@ __all__ = [
     "kolmogorov_smirnov",
     "maximum_mean_discrepancy",
     "population_stability_index",
+    "probe_numerics",
     "read",
     "read_quarantine",
     "rule",
