@@ -318,6 +318,8 @@ def _environment() -> dict[str, str]:
     preload = os.environ.get("LD_PRELOAD", "")
     if sys.platform == "linux" and BLAS not in preload and _has_blas():
         changes["LD_PRELOAD"] = f"{BLAS} {preload}".strip()
+    # Its idle threads wait in a loop, and take a core from whoever works next: for 2^4 cycles, not 2^26.
+    changes["OPENBLAS_THREAD_TIMEOUT"] = "4"
     return changes
 
 

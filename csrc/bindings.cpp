@@ -108,6 +108,7 @@ NB_MODULE(_ext, m) {
         "stream"_a = nb::none());
   m.def("ghost_clipped_sum", &ghost_clipped_sum, "x"_a, "dy"_a, "mask"_a, "factors"_a, "bias"_a, "groups"_a, "window"_a,
         "stream"_a = nb::none());
+  m.def("convolved", &convolved, "x"_a, "weight"_a, "bias"_a, "groups"_a, "window"_a, "stream"_a = nb::none());
   m.def("embedding_sq_norms", &embedding_sq_norms, "tokens"_a, "dy"_a, "segments"_a, "units"_a,
         "stream"_a = nb::none());
   m.def("embedding_clipped_sum", &embedding_clipped_sum, "tokens"_a, "dy"_a, "factors"_a, "vocabulary"_a,

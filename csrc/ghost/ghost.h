@@ -49,6 +49,11 @@ Arrays ghost_grads(const Arrays& x, const Arrays& dy, const Arrays& mask, const 
 Arrays ghost_clipped_sum(const Arrays& x, const Arrays& dy, const Arrays& mask, const mx::array& factors, bool bias,
                          int groups, const std::vector<int>& window, mx::StreamOrDevice);
 
+// U W^T for every row of x: a convolution, [B, *positions, p] float32. x float32, weight [p, *kernel, c / groups]
+// float32, bias nothing or [p] float32. Host only.
+mx::array convolved(const mx::array& x, const mx::array& weight, const Arrays& bias, int groups,
+                    const std::vector<int>& window, mx::StreamOrDevice);
+
 // The gradient of an embedding's weight [vocabulary, p] adds up dy [B, T, p] by tokens [B, T] int32. Rows of negative
 // tokens take no part, whatever dy holds there. [units] float32, of its square
 mx::array embedding_sq_norms(const Arrays& tokens, const Arrays& dy, const Arrays& segments, int units,
@@ -106,6 +111,17 @@ class GhostGrads : public GhostOp {
 class GhostClippedSum : public GhostOp {
  public:
   GhostClippedSum(mx::Stream s, Ghost g) : GhostOp(s, "ghost_clipped_sum", std::move(g), false) {}
+  std::vector<mx::Shape> output_shapes(const Arrays& in) override;
+
+ protected:
+  void cpu(const Arrays&, Arrays&) override;
+  void metal(const Arrays&, Arrays&) override;
+};
+
+// Inputs: x, weight, bias if there is one.
+class Convolved : public GhostOp {
+ public:
+  Convolved(mx::Stream s, Ghost g) : GhostOp(s, "convolved", std::move(g), false) {}
   std::vector<mx::Shape> output_shapes(const Arrays& in) override;
 
  protected:

@@ -19,6 +19,7 @@ static constexpr size_t TILE_COLUMNS = 512, TILE_VALUES = 65536;   // of D^T U: 
 static constexpr size_t LEAST_SUM_ROWS = 64, MOST_SUM_ROWS = 256;  // of a task of the clipped sum
 static constexpr size_t SUM_COLUMNS = 2048, LEAST_SUM_TASKS = 4;
 static constexpr size_t EMBEDDING_COLUMNS = 1024;
+static constexpr size_t LEAST_CONVOLVED_ROWS = 64, MOST_CONVOLVED_ROWS = 1024;  // a tile of U stays in the cache
 static constexpr double PACKING = 12;  // multiplications in whose time one value is gathered
 
 static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
@@ -153,6 +154,20 @@ struct Work {
   bool gathers() const { return window || calls[0].x.type || calls[0].dy.type; }
 };
 
+// Images of few channels make runs of few values, for which a call takes longer than the copy.
+static constexpr size_t SHORT_RUN = 16;
+
+static void copy_run(const float* x, size_t n, float* y) {
+  if (n > SHORT_RUN)
+    std::memcpy(y, x, n * sizeof(float));
+  else
+    for (size_t i = 0; i < n; i++) y[i] = x[i];
+}
+
+static void zero_run(size_t n, float* y) {
+  for (size_t i = 0; i < n; i++) y[i] = 0;
+}
+
 // One row of U where x is unfolded: every kernel offset that lies inside the image, zeros for the others.
 static void unfold_row(const Work& w, const Call& c, size_t group, size_t row, float* y) {
   auto& win = *w.window;
@@ -166,22 +181,22 @@ static void unfold_row(const Work& w, const Call& c, size_t group, size_t row, f
     for (int ky = 0; ky < k[1]; ky++, y += k[2] * n) {
       int z = from[0] + kz * win.dilation[0], v = from[1] + ky * win.dilation[1];
       if (z < 0 || z >= c.space[0] || v < 0 || v >= c.space[1]) {
-        std::fill_n(y, k[2] * n, 0.0f);
+        zero_run(k[2] * n, y);
         continue;
       }
       size_t line = ((b * c.space[0] + z) * c.space[1] + v) * c.space[2];
       if (runs) {
         int before = std::clamp(-from[2], 0, k[2]), end = std::clamp(c.space[2] - from[2], before, k[2]);
-        std::fill_n(y, before * n, 0.0f);
+        zero_run(before * n, y);
         if (end > before) {
           const char* x = c.x.at(line + from[2] + before, 0);
           size_t count = (end - before) * n;
           if (c.x.type)
             kernels.scale(c.x.type, x, 1, y + before * n, count);
           else
-            std::memcpy(y + before * n, x, count * sizeof(float));
+            copy_run(reinterpret_cast<const float*>(x), count, y + before * n);
         }
-        std::fill_n(y + end * n, (k[2] - end) * n, 0.0f);
+        zero_run((k[2] - end) * n, y + end * n);
         continue;
       }
       for (int kx = 0; kx < k[2]; kx++) {
@@ -494,6 +509,51 @@ void GhostClippedSum::cpu(const Arrays& in, Arrays& out) {
   mx::cpu::get_command_encoder(stream()).dispatch(
       [w = Work(in, ghost_, false), f = in.back().data<float>(), y = out[0].data<float>(),
        bias = ghost_.bias ? out[1].data<float>() : nullptr] { clipped_sum(w, f, y, bias); });
+}
+
+std::vector<mx::Shape> Convolved::output_shapes(const Arrays& in) {
+  auto& w = ghost_.window[0];
+  auto shape = in[0].shape();
+  const int axes = int(shape.size()) - 2;
+  for (int i = 0, k = 3 - axes; i < axes; i++, k++)
+    shape[1 + i] = (shape[1 + i] + 2 * w.padding[k] - w.dilation[k] * (w.kernel[k] - 1) - 1) / w.stride[k] + 1;
+  shape.back() = in[1].shape(0);
+  return {shape};
+}
+
+mx::array convolved(const mx::array& x, const mx::array& weight, const Arrays& bias, int groups,
+                    const std::vector<int>& window, mx::StreamOrDevice sd) {
+  auto s = mx::to_stream(sd);
+  auto op = std::make_shared<Convolved>(s, ghost_of({x}, false, -1, !bias.empty(), groups, window));
+  auto in = inputs({{x, weight}, bias}, s);
+  return mx::array(op->output_shapes(in)[0], mx::float32, op, in);
+}
+
+// Rows [from, to) of all outputs of a group.
+static void convolve(const Work& w, const Unit& u, size_t group, size_t from, size_t to, const float* weight,
+                     const float* bias, float* out, Scratch& s) {
+  const size_t width = w.calls[0].dy.width, first = group * w.p;
+  float* y = out + from * width + first;
+  for (size_t r = 0; bias && r < to - from; r++) std::copy_n(bias + first, w.p, y + r * width);
+  Panel v = rows_of_u(w, u, group, from, to, s.u);
+  sgemm(false, true, to - from, w.p, w.d, v.data, v.ld, weight + first * w.d, w.d, bias ? 1 : 0, y, width);
+}
+
+void Convolved::cpu(const Arrays& in, Arrays& out) {
+  allocate(out);
+  if (out[0].size() == 0) return;
+  mx::cpu::get_command_encoder(stream()).dispatch([w = Work({in[0], out[0]}, ghost_, false),
+                                                   weight = in[1].data<float>(), y = out[0].data<float>(),
+                                                   bias = ghost_.bias ? in[2].data<float>() : nullptr] {
+    Unit u;
+    u.append(0, 0, w.batch * w.calls[0].dy.rows);
+    const size_t rows = std::clamp(TILE_VALUES / std::max(w.d, w.p), LEAST_CONVOLVED_ROWS, MOST_CONVOLVED_ROWS);
+    const size_t parts = ceil_div(u.rows, rows);
+    parallel_for(parts * w.groups, [&](size_t i) {
+      const size_t from = i % parts * rows;
+      convolve(w, u, i / parts, from, std::min(u.rows, from + rows), weight, bias, y, scratch());
+    });
+  });
 }
 
 // What the embedding's ops work on.

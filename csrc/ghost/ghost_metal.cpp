@@ -131,6 +131,7 @@ void EmbeddingSqNorms::metal(const Arrays& in, Arrays& out) {
 
 void GhostGrads::metal(const Arrays&, Arrays&) { none(); }
 void GhostClippedSum::metal(const Arrays&, Arrays&) { none(); }
+void Convolved::metal(const Arrays&, Arrays&) { none(); }
 void EmbeddingClippedSum::metal(const Arrays&, Arrays&) { none(); }
 void EmbeddingLinearProducts::metal(const Arrays&, Arrays&) { none(); }
 }  // namespace bulwark

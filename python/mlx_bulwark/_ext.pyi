@@ -80,6 +80,9 @@ def ghost_clipped_sum(
     window: list[int],
     stream: Any = None,
 ) -> list[mx.array]: ...
+def convolved(
+    x: mx.array, weight: mx.array, bias: list[mx.array], groups: int, window: list[int], stream: Any = None
+) -> mx.array: ...
 def embedding_sq_norms(
     tokens: list[mx.array], dy: list[mx.array], segments: list[mx.array], units: int, stream: Any = None
 ) -> mx.array: ...

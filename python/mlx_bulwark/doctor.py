@@ -361,6 +361,14 @@ def _conv_sq_norms() -> Iterator[Case]:
 
 
 @_op
+def _convolve() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        x, _ = _image(dtype)
+        weight = _normals((4, 3, 3, 3), dtype)
+        yield Case(_name(dtype), partial(ghost.convolve, x, weight, weight[:, 0, 0, 0], stride=2, padding=1, groups=2))
+
+
+@_op
 def _conv_sample_grads() -> Iterator[Case]:
     for dtype in TOLERANCES:
         x, dy = _image(dtype)

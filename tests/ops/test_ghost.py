@@ -2,6 +2,7 @@ import itertools
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -526,10 +527,10 @@ import mlx_bulwark as bw
 assert not bw._native.ext.has_blas() and "scipy-openblas32" in bw.backend().reason, bw.backend()
 import pytest
 names = "test_linear or test_masks or test_segments or test_convolutions or test_embedding or test_tied or test_bad"
-sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", sys.argv[1], "-k", names]))
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:], "-k", names]))
 """
     run = subprocess.run(
-        [sys.executable, "-c", code, __file__],
+        [sys.executable, "-c", code, __file__, str(Path(__file__).with_name("test_convolve.py"))],
         env={**os.environ, "BULWARK_ISA": isa, "BULWARK_TEST_BACKENDS": "native"},
         capture_output=True,
         text=True,

@@ -345,6 +345,75 @@ def conv_clipped_sum(
         return LayerGradients(weight, _clipped_sum("conv_clipped_sum", _ones(call, dys), factors, stream).weight[:, 0])
 
 
+def convolve(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None = None,
+    *,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    stream: Stream = None,
+) -> mx.array:
+    """Convolution as ``mx.conv_general`` has it (no kernel is flipped), faster on the CPU.
+
+    On the CPU what each position sees is gathered a few rows at a time, on all cores, where MLX writes the unfolded
+    input to memory on one. Half precision, and everything on Metal, is left to MLX.
+
+    Args:
+        x: Inputs ``[B, *space, c]`` with 1, 2 or 3 axes of space; float32, float16 or bfloat16.
+        weight: ``[p, *kernel_size, c / groups]``, of the dtype of ``x``.
+        bias: ``[p]``, of the dtype of ``x``.
+        stride: Of each axis of space, or of all.
+        padding: Zeros at both ends of each axis, or of all.
+        dilation: Distance of the kernel's elements along each axis, or along all.
+        groups: Of channels.
+        stream: Stream or device.
+
+    Returns:
+        array: ``[B, *positions, p]``, of the dtype of ``x``.
+
+    Raises:
+        ValueError: A shape or dtype is not as above.
+
+    Example:
+        >>> import mlx.core as mx
+        >>> import mlx_bulwark as bw
+        >>> bw.convolve(mx.ones((2, 5, 5, 3)), mx.ones((4, 3, 3, 3)), padding=1).shape
+        (2, 5, 5, 4)
+
+    Source:
+        K. Chellapilla et al., "High Performance Convolutional Neural Networks for Document Processing", 2006.
+    """
+    sizes = _convolution(x, weight, bias, {"stride": stride, "padding": padding, "dilation": dilation}, groups)
+    if x.dtype == mx.float32 and _runs_kernel(stream):
+        axes = x.ndim - 2
+        window = []
+        for name, value in {"kernel": weight.shape[1:-1], **sizes}.items():
+            window += [0 if name == "padding" else 1] * (3 - axes) + list(value)
+        return _native.ext.convolved(x, weight, [] if bias is None else [bias], groups, window, stream)
+    with _on(stream):
+        return _convolved(x, weight, bias, **sizes, groups=groups)
+
+
+def convolve_reference(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None = None,
+    *,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    stream: Stream = None,
+) -> mx.array:
+    """Compute ``convolve`` by plain MLX ops."""
+    sizes = _convolution(x, weight, bias, {"stride": stride, "padding": padding, "dilation": dilation}, groups)
+    with _on(stream):
+        return _convolved(x, weight, bias, **sizes, groups=groups)
+
+
 def embedding_sq_norms(
     tokens: Arrays,
     dy: Arrays,
@@ -740,6 +809,16 @@ def _ghost_clipped_sum(arrays: list[mx.array], stream: Any, parameters: str) -> 
         return [g for g in sums if g is not None]
 
 
+@_native.reference("convolved")
+def _convolved_again(arrays: list[mx.array], stream: Any, parameters: str) -> list[mx.array]:
+    given = json.loads(parameters)
+    axes, window = arrays[0].ndim - 2, given["window"]
+    stride, padding, dilation = (tuple(window[i + 3 - axes : i + 3]) for i in (3, 6, 9))
+    bias = arrays[2] if given["bias"] else None
+    with _on(stream):
+        return [_convolved(arrays[0], arrays[1], bias, stride, padding, dilation, given["groups"])]
+
+
 @_native.reference("embedding_sq_norms")
 def _embedding_sq_norms(arrays: list[mx.array], stream: Any, parameters: str) -> list[mx.array]:
     call, _ = _call_of(arrays, parameters)
@@ -827,6 +906,53 @@ def _conv(
         window += [0 if name == "padding" else 1] * (3 - axes) + list(value)
     units = _segments(op, segments, num_segments, xs[0].shape[0], None)
     return _Call(inputs, outputs, [], *units, bias and not transposed, groups, tuple(window)), dys
+
+
+def _convolution(
+    x: mx.array, weight: mx.array, bias: mx.array | None, given: dict[str, Size], groups: int
+) -> dict[str, tuple[int, ...]]:
+    """Stride, padding and dilation of each axis."""
+    axes = x.ndim - 2
+    if axes not in (1, 2, 3) or x.dtype not in FLOATS:
+        raise ValueError(
+            "[convolve] x must be float32, float16 or bfloat16 with 1, 2 or 3 axes of space, [B, *space, c], but has "
+            f"dtype {x.dtype} and shape {list(x.shape)}"
+        )
+    if groups < 1 or x.shape[-1] == 0 or x.shape[-1] % groups:
+        raise ValueError(f"[convolve] groups must divide the channels {x.shape[-1]} of x but is {groups}")
+    channels = x.shape[-1] // groups
+    fits = weight.ndim == x.ndim and weight.shape[-1] == channels and weight.shape[0] % groups == 0
+    if not fits or min(weight.shape) == 0 or weight.dtype != x.dtype:
+        raise ValueError(
+            f"[convolve] weight must have dtype {x.dtype} and shape [p, *kernel_size, {channels}] with {axes} axes of "
+            f"space and p a multiple of groups, {groups}, but has dtype {weight.dtype} and shape {list(weight.shape)}"
+        )
+    if bias is not None and (list(bias.shape) != [weight.shape[0]] or bias.dtype != x.dtype):
+        raise ValueError(
+            f"[convolve] bias must have dtype {x.dtype} and shape [{weight.shape[0]}] but has dtype {bias.dtype} and "
+            f"shape {list(bias.shape)}"
+        )
+    sizes = {name: _sizes("convolve", name, value, axes) for name, value in given.items()}
+    for n, k, p, d in zip(x.shape[1:-1], weight.shape[1:-1], sizes["padding"], sizes["dilation"], strict=True):
+        if n + 2 * p < d * (k - 1) + 1:
+            raise ValueError(
+                f"[convolve] x must reach over the kernel in each axis but has shape {list(x.shape)} for weight of "
+                f"shape {list(weight.shape)}, padding {sizes['padding']} and dilation {sizes['dilation']}"
+            )
+    return sizes
+
+
+def _convolved(
+    x: mx.array,
+    weight: mx.array,
+    bias: mx.array | None,
+    stride: tuple[int, ...],
+    padding: tuple[int, ...],
+    dilation: tuple[int, ...],
+    groups: int,
+) -> mx.array:
+    y = mx.conv_general(x, weight, stride, padding, dilation, groups=groups)
+    return y if bias is None else y + bias
 
 
 def _ones(call: _Call, dys: list[mx.array]) -> _Call:

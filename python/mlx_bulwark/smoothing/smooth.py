@@ -31,6 +31,7 @@ from .bounds import (
     radius_of,
     upper_failure_bound,
 )
+from .convolutions import faster_convolutions
 from .sources import InputNoise, LinearOutputNoise, Source
 
 IN_FLIGHT = 2  # batches: one runs, one waits; more of them would hold memory and gain nothing
@@ -353,7 +354,9 @@ class Smooth:
             return self._steps[m]
 
         def step(state: list[mx.array], key: mx.array, counter: mx.array, counts: mx.array) -> mx.array:
-            return count_votes(self._checked(self._source.logits(state, m, key, counter), m), counts)
+            with faster_convolutions(self.model):
+                logits = self._source.logits(state, m, key, counter)
+            return count_votes(self._checked(logits, m), counts)
 
         # The parameters are inputs of the compiled step: training between two calls is seen.
         self._steps[m] = mx.compile(step, inputs=[self.model.state]) if self._compiled else step  # type: ignore[attr-defined]

@@ -1,0 +1,37 @@
+"""A model's convolutions by `convolve`, which on the CPU takes a fraction of the time of MLX's own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..ops.ghost import convolve
+
+
+class _Convolved(nn.Module):
+    def __call__(self, x: mx.array) -> mx.array:
+        layer: Any = self
+        if x.dtype != layer.weight.dtype:  # MLX promotes one of them
+            return mx.array(super().__call__(x))
+        groups = getattr(layer, "groups", 1)
+        how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": groups}
+        return convolve(x, layer.weight, layer.get("bias"), **how)
+
+
+_TYPES: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_FASTER = {t: type(t.__name__, (_Convolved, t), {}) for t in _TYPES}
+
+
+@contextmanager
+def faster_convolutions(model: Any) -> Iterator[None]:
+    """Let the plain convolutions of a model run by `convolve` inside; a subclass keeps what it does."""
+    found = [m for m in model.modules() if type(m) in _FASTER] if isinstance(model, nn.Module) else []
+    try:
+        for m in found:
+            m.__class__ = _FASTER[type(m)]
+        yield
+    finally:
+        for m in found:
+            m.__class__ = type(m).__mro__[2]
