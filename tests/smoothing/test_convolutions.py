@@ -1,0 +1,76 @@
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_bulwark.ops import ghost
+from mlx_bulwark.smoothing import Smooth
+from mlx_bulwark.smoothing import convolutions as faster
+
+
+class Doubled(nn.Conv2d):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+def network():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(4, 6, (3, 2), stride=2, dilation=2, groups=2, bias=False),
+        Doubled(6, 4, 1),
+        lambda x: x.mean(axis=2),
+        nn.Conv1d(4, 3, 2),
+        lambda x: x.mean(axis=1),
+    )
+
+
+def calls(monkeypatch):
+    seen = []
+
+    def counted(*args, **how):
+        seen.append(args[1].shape)
+        return ghost.convolve(*args, **how)
+
+    monkeypatch.setattr(faster, "convolve", counted)
+    return seen
+
+
+def test_same_outputs_and_the_model_as_it_was(backend, monkeypatch):
+    mx.random.seed(0)
+    model, x, seen = network(), mx.random.normal((5, 9, 9, 2)), calls(monkeypatch)
+    plain, types = model(x), [type(m) for m in model.modules()]
+    with faster.faster_convolutions(model):
+        inside = model(x)
+    np.testing.assert_allclose(np.array(inside), np.array(plain), atol=1e-5)
+    assert seen == [(4, 3, 3, 2), (6, 3, 2, 2), (3, 2, 4)]  # a subclass keeps what it does
+    assert [type(m) for m in model.modules()] == types
+
+
+def test_an_error_inside_leaves_the_model_as_it_was():
+    model = network()
+    with pytest.raises(KeyError), faster.faster_convolutions(model):
+        raise KeyError
+    assert type(model.layers[0]) is nn.Conv2d
+
+
+def test_weights_of_another_dtype_are_left_to_mlx(monkeypatch):
+    model, seen = nn.Conv2d(2, 4, 3), calls(monkeypatch)
+    model.set_dtype(mx.float16)
+    x = mx.ones((1, 4, 4, 2))
+    plain = model(x)
+    with faster.faster_convolutions(model):
+        assert mx.array_equal(model(x), plain)
+    assert seen == []
+
+
+def test_certificates_use_them(monkeypatch):
+    mx.random.seed(0)
+    model, seen = network(), calls(monkeypatch)
+    found = Smooth(model, num_classes=3, sigma=0.1).certify(mx.random.normal((2, 9, 9, 2)), n0=10, n=100)
+    assert len(seen) >= 3
+    assert (found.votes <= 100).all()
+
+
+def test_functions_pass_through():
+    with faster.faster_convolutions(lambda x: x):
+        pass
