@@ -14,6 +14,7 @@ from .losses import cross_entropy, dlr, dlr_targeted, margin
 from .pgd import PGD
 from .plot import plot_robust_accuracy
 from .square import Square
+from .tokens import TokenAttackResult, TokenSubstitution
 from .transfer import Transfer
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "Normalized",
     "RobustReport",
     "Square",
+    "TokenAttackResult",
+    "TokenSubstitution",
     "Transfer",
     "accuracy_over_eps",
     "cross_entropy",
