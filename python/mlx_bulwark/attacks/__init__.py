@@ -11,6 +11,7 @@ from .fab import FAB
 from .fgsm import FGSM
 from .hop_skip_jump import HopSkipJump
 from .losses import cross_entropy, dlr, dlr_targeted, margin
+from .patch import PatchResult, UniversalPatch
 from .pgd import PGD
 from .plot import plot_robust_accuracy
 from .square import Square
@@ -32,11 +33,13 @@ __all__ = [
     "Flag",
     "HopSkipJump",
     "Normalized",
+    "PatchResult",
     "RobustReport",
     "Square",
     "TokenAttackResult",
     "TokenSubstitution",
     "Transfer",
+    "UniversalPatch",
     "accuracy_over_eps",
     "cross_entropy",
     "dlr",
