@@ -1,8 +1,9 @@
 """A schema's ranges and missing values over [10M, 32] float32, against pandera.
 
-Both judge the same rules of the same numbers: pandera a dataframe, in its fastest form (one ``in_range`` a column, and
-not nullable), the gate the dataframe itself, the NumPy array that it came from, and an MLX array. Before anything is
-timed both must agree on clean numbers and on planted ones.
+Both judge the same rules of the same numbers, each in its own container: pandera a dataframe, in its fastest form (one
+``in_range`` a column, not nullable), the gate an MLX array. Two more rows give the gate the NumPy array, which it
+copies to the device piece by piece, and the very dataframe. Before anything is timed both must agree on planted
+numbers, and find clean ones clean.
 """
 
 import mlx.core as mx
@@ -32,11 +33,11 @@ def run(bench):
         bench.check(case, lambda: agrees_with_pandera(pandas, frames, x[:100_000].copy()))
     bench.check(case, all(f().ok for name, f in contestants.items() if name != "pandera"))
     times = bench.compare(contestants, rounds=3 if bench.quick else 5)
-    bench.row(f"{case}/time", times["numpy"].median, "s", better="lower")
-    bench.row(f"{case}/throughput", x.nbytes / times["numpy"].median / 1e9, "GB/s", better="higher")
+    bench.row(f"{case}/time", times["mlx"].median, "s", better="lower")
+    bench.row(f"{case}/throughput", x.nbytes / times["mlx"].median / 1e9, "GB/s", better="higher")
     if "pandera" in times:
-        bench.row(f"{case}/vs_pandera", times.ratio("pandera", "numpy"), "x", peer="pandera", better="higher")
-        bench.row(f"{case}/mlx_vs_pandera", times.ratio("pandera", "mlx"), "x", peer="pandera", better="higher")
+        bench.row(f"{case}/vs_pandera", times.ratio("pandera", "mlx"), "x", peer="pandera", better="higher")
+        bench.row(f"{case}/numpy_vs_pandera", times.ratio("pandera", "numpy"), "x", peer="pandera", better="higher")
         bench.row(f"{case}/frame_vs_pandera", times.ratio("pandera", "frame"), "x", peer="pandera", better="higher")
     bench.row(f"{case}/memory", bench.peak_memory(checking, rows, steps=2) / 1e6, "MB", better="lower")
 
