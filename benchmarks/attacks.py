@@ -155,6 +155,8 @@ def compare(bench, case, model, mine, others, x, y):
             )
             bench.row(f"{case}/{name}_{peer}", theirs, "%", peer=peer, better="lower")
             slack = 0.5 if "apgd" in name or "standard" in name else 1.0
+            if bench.quick:
+                slack = 50.0  # a few steps on a few inputs show that it runs
             bench.check(case, found <= theirs + max(slack, 100.1 / len(x)))
 
 
