@@ -3,7 +3,7 @@
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,6 +30,9 @@ from .schedules import Schedule
 from .state import new_state, set_scale
 from .steps import LossAndGrad, compiled_step, private_value_and_grad, release
 from .validate import Fix, ValidationReport, fix, validate
+
+if TYPE_CHECKING:
+    from ..provenance.manifest import AppendsLines
 
 WORDS_AHEAD = 1 << 14
 
@@ -78,6 +81,8 @@ class PrivacyEngine:
         target_epsilon: budget at ``delta``: an update that would pass it is refused, and nothing is spent by that.
         ledger: file of JSON lines, made or continued, with one line for each step, on the disk before the step's
             update exists. Steps in it count as spent. One engine at a time may use it; of several ranks the first does.
+        audit_log: with a ledger, a `provenance.AuditLog`, or anything with its ``append``, that gets a line of the kind
+            ``"privacy.step"`` before each line of the ledger.
         group: ranks that train together, each on its shard of the data; ``dataset_size`` and the batch size are those
             of all. Every rank adds its share of the noise, under a key of its own, before the sums travel. All ranks
             make the engine, call its functions and take its steps.
@@ -119,6 +124,7 @@ class PrivacyEngine:
         delta: float | None = None,
         target_epsilon: float | None = None,
         ledger: str | os.PathLike[str] | None = None,
+        audit_log: "AppendsLines | None" = None,
         group: mx.distributed.Group | None = None,
         group_timeout: float = 600.0,
     ) -> None:
@@ -162,7 +168,7 @@ class PrivacyEngine:
             planned_steps=steps,
             delta=delta,
             target_epsilon=target_epsilon,
-            ledger=self._open(ledger),
+            ledger=self._open(ledger, audit_log),
         )
         self._follow_first_rank()
         self.state = new_state(self.event, self._clipping, self._books.steps)
@@ -230,7 +236,7 @@ class PrivacyEngine:
             `find_noise_multiplier` and `find_steps`.
         """
         accountant = default_accountant(settings.get("accountant"), settings.get("noise", "gaussian"))
-        outside = {"accountant", "target_epsilon", "ledger", "noise_key_file", "grad_sample_mode"}
+        outside = {"accountant", "target_epsilon", "ledger", "audit_log", "noise_key_file", "grad_sample_mode"}
         kinds: dict[str, Any] = {k: v for k, v in settings.items() if k not in outside | {"group", "group_timeout"}}
         if sum(v is not None for v in (steps, epochs, settings.get("noise_multiplier"))) != 1:
             raise ValueError("[for_epsilon] one of steps, epochs and noise_multiplier must be given")
@@ -665,11 +671,13 @@ class PrivacyEngine:
         """Whether this process reads and writes files: the first rank, which no step happens without."""
         return self._ranks is None or self._ranks.rank == 0
 
-    def _open(self, path: str | os.PathLike[str] | None) -> Ledger | None:
+    def _open(self, path: str | os.PathLike[str] | None, audit_log: "AppendsLines | None") -> Ledger | None:
+        if audit_log is not None and path is None:
+            raise ValueError("[PrivacyEngine] audit_log must come with a ledger but does not")
         ours = None if path is None or not self._keeps_books else path
 
         def opened() -> Ledger | None:
-            return None if ours is None else Ledger(ours)
+            return None if ours is None else Ledger(ours, audit_log)
 
         return self._ranks.together(opened) if self._ranks else opened()
 

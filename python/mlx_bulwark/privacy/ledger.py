@@ -12,11 +12,14 @@ import math
 import os
 import weakref
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .accounting import check_delta
 from .events import ADJACENCY, Accountant, Discrete, Event, Run, composed_epsilon, releases_of
 from .taps import PrivacyError
+
+if TYPE_CHECKING:
+    from ..provenance.manifest import AppendsLines
 
 FORMAT, VERSION = "mlx-bulwark ledger", 1
 
@@ -107,8 +110,9 @@ def read_ledger(path: str | os.PathLike[str]) -> Entries:
 class Ledger:
     """An open ledger file, held by this process alone."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], audit_log: "AppendsLines | None" = None) -> None:
         self.path = os.fspath(path)
+        self._audit_log = audit_log
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._close = weakref.finalize(self, os.close, self._file)
         try:
@@ -128,7 +132,11 @@ class Ledger:
 
     def append(self, event: Event) -> None:
         """Write the line of the next step; when this returns, it is on the disk."""
-        self._write({"step": self.steps + 1, "session": self.session, **event.to_json()})
+        entry = {"step": self.steps + 1, "session": self.session, **event.to_json()}
+        if self._audit_log is not None:
+            # First, so that the ledger holds no step that the log does not know of.
+            self._audit_log.append("privacy.step", ledger=os.path.abspath(self.path), follows=self._chain, **entry)
+        self._write(entry)
         self.steps += 1
 
     def close(self) -> None:
