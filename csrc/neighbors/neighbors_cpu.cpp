@@ -636,7 +636,8 @@ mx::array mmd(const mx::array& rows, const mx::array& words, int n, int permutat
               mx::StreamOrDevice sd) {
   auto s = mx::to_stream(sd);
   auto sorted = rates;
-  std::sort(sorted.begin(), sorted.end());
+  // Not by the default order, whose code newer headers expect in a library that macOS 14 has without it.
+  std::sort(sorted.begin(), sorted.end(), [](float a, float b) { return a < b; });
   auto op = std::make_shared<Mmd>(s, n, permutations, sorted);
   auto in = contiguous({rows, words}, s);
   auto shape = op->output_shapes(in)[0];
