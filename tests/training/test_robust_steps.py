@@ -6,7 +6,7 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlx_bulwark.attacks import PGD
+from mlx_bulwark.attacks import PGD, CarliniWagnerL2
 from mlx_bulwark.training import (
     EMA,
     AdversarialWeightPerturbation,
@@ -275,7 +275,7 @@ def test_a_student_of_an_adversarially_trained_teacher_is_robust():
     assert min(robust["adversarial"]) > 0.85
 
 
-def test_defensive_distillation_hides_gradients():
+def test_defensive_distillation_hides_gradients_and_falls_to_carlini_and_wagner():
     """Student at 1, trained at T: logits T times as large, and gradients of the cross-entropy that vanish."""
     rng = np.random.default_rng(0)
     y = rng.integers(0, 2, 256).astype(np.int32)
@@ -290,6 +290,11 @@ def test_defensive_distillation_hides_gradients():
         loss = mx.grad(lambda z, m=student: nn.losses.cross_entropy(m(z), mx.array(y), reduction="sum"))
         sizes[name] = np.median(np.abs(np.array(loss(mx.array(x)))).max(axis=1))
     assert sizes["distilled"] < 1e-6 * sizes["plain"]
+    found = CarliniWagnerL2(steps=100, binary_search_steps=4, initial_const=1.0, learning_rate=0.05)(
+        student, mx.array(x[:32]), mx.array(y[:32])
+    )
+    assert found.correct.all().item()
+    assert found.success.all().item()
 
 
 def test_distill_leaves_the_teacher_alone(case):

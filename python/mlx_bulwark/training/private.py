@@ -6,18 +6,18 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..ops.step import Norm
-from .inputs import Eps, adversarial_inputs, check_batch
+from .inputs import adversarial_inputs, check_batch
 
 Twins = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 
 
 def adversarial_twins(
     model: nn.Module,
-    eps: Eps,
+    eps: float,
     *,
     norm: Norm = "linf",
     steps: int = 10,
-    alpha: Eps | None = None,
+    alpha: float | None = None,
     bounds: tuple[float, float] | None = (0.0, 1.0),
     random_start: bool = True,
 ) -> Twins:
@@ -28,9 +28,10 @@ def adversarial_twins(
     on its own example, on the weights, which are noised, and on random numbers of its own; the attack runs in
     evaluation mode, sums the loss of the rows, and nothing in it mixes them.
 
-    Free adversarial training, adversarial weight perturbation and universal perturbations do mix them, and are refused
-    under the engine. `trades_loss` and `mart_loss` can be private too: one row then holds the clean and the adversarial
-    input, ``trades_loss(model, x, y, eps, adversarial=twin, reduction="none")``.
+    Free adversarial training and adversarial weight perturbation do mix them, and are refused under the engine. A
+    universal perturbation is made from all examples and mixes them too: none is offered here, and ``engine.check``
+    finds one in a loss. `trades_loss` and `mart_loss` can be private too: one row then holds the clean and the
+    adversarial input, ``trades_loss(model, x, y, eps, adversarial=twin, reduction="none")``.
 
     Args:
         model: The model that is trained; its weights at the time of each batch count.

@@ -11,8 +11,6 @@ REASONS = {
     "rows of others, and its replays use a batch for several updates of which one would be accounted",
     "AdversarialWeightPerturbation": "its perturbation of the weights is made from the whole batch without noise, so "
     "that the gradient of every example depends on the others",
-    "universal perturbation": "it is made from all examples at once, so that every adversarial row depends on the "
-    "others",
     "fit": "it draws batches and sums gradients by itself; private training draws them by engine.batches and takes its "
     "steps by engine.value_and_grad",
 }
