@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_bulwark.attacks import HopSkipJump
+from mlx_bulwark.attacks import FGSM, HopSkipJump
 
 RNG = np.random.default_rng(0)
 B, D, C = 12, 20, 3
@@ -127,6 +127,11 @@ def test_starts_from_other_inputs_where_noise_does_not_fool():
     x = mx.array(np.concatenate([X, np.ones((1, D), np.float32)]))
     found = HopSkipJump(queries=400)(corner, x, corner(x))
     assert found.success.all().item()
+
+
+def test_gradients_of_these_models_raise():
+    with pytest.raises(AssertionError, match="asked for a gradient"):
+        FGSM(0.1)(logits, mx.array(X), mx.array(Y))
 
 
 @pytest.mark.parametrize(

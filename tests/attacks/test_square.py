@@ -5,7 +5,7 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_bulwark.attacks import Square
+from mlx_bulwark.attacks import FGSM, Square
 from mlx_bulwark.attacks.square import tables
 
 RNG = np.random.default_rng(0)
@@ -139,6 +139,11 @@ def test_same_seed_same_result():
     assert (one.adversarial == two.adversarial).all().item()
     assert (one.queries == two.queries).all().item()
     assert not (one.queries == other.queries).all().item() or not (one.adversarial == other.adversarial).all().item()
+
+
+def test_gradients_of_these_models_raise():
+    with pytest.raises(AssertionError, match="asked for a gradient"):
+        FGSM(0.1)(model, mx.array(X), mx.array(Y))
 
 
 @pytest.mark.parametrize(
