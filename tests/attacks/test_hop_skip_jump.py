@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_bulwark.attacks import FGSM, HopSkipJump
+from mlx_bulwark.attacks.hop_skip_jump import Decisions
 
 RNG = np.random.default_rng(0)
 B, D, C = 12, 20, 3
@@ -61,6 +62,13 @@ def test_logits_give_nothing_but_their_largest():
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert (a == b).all().item()
+
+
+def test_what_is_seen_is_the_place_of_the_largest_logit():
+    z = mx.array([[0.1, 5.0, 2.0], [-1.0, -2.0, -3.0], [mx.nan, 1.0, 0.0]])
+    seen = np.array(Decisions(lambda x: x, 2)(z))
+    assert np.array_equal(seen, [[0, 1, 0], [1, 0, 0], [np.nan] * 3], equal_nan=True)
+    assert np.array(Decisions(lambda x: mx.array([2, 0]), 2)(z[:2])).tolist() == [[0, 0, 1], [1, 0, 0]]
 
 
 @pytest.mark.parametrize("queries", [3, 4, 10, 105, 140, 777])

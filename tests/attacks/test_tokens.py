@@ -103,6 +103,15 @@ def test_edits_are_few_and_where_they_may_be(k, kind):
         assert found.success.sum().item() > 3
 
 
+def test_no_place_is_changed_twice(case):
+    """One open place: a round of four candidates, then a gradient that finds no place."""
+    model, tokens, y = case
+    protected = mx.broadcast_to(mx.arange(T) > 0, (B, T))
+    found = TokenSubstitution(3, candidates=4)(model, model.embedding, tokens, y, protected=protected)
+    assert not found.success.all().item()
+    assert (found.queries <= 1 + 1 + 4 + 1).all().item()
+
+
 def test_targets(case):
     model = Linear(3)
     y = model(mx.array(TOKENS)).argmax(axis=1)
