@@ -223,6 +223,7 @@ def test_a_change_of_correlation_is_seen_by_the_tests_of_all_columns_alone():
     found = drift.compare(rng.multivariate_normal(np.zeros(4), cov, 1000))
     assert {r.test for r in found.findings} == {"mmd", "classifier"}
     assert {r.name for r in found.findings} == {"all columns"}
+    assert [r.p_adjusted for r in found.results[-2:]] == [min(1, 2 * r.p_value) for r in found.results[-2:]]
 
 
 def test_a_large_sample_does_not_cry_wolf():

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from mlx_bulwark.gate import probe_numerics
 
 
@@ -130,6 +131,7 @@ def test_a_sound_network_is_not_accused(make, seed, dtype):
         x = mx.array(rng.normal(size=(3, 4) if make is perceptron else (3, 8, 8, 1)).astype(np.float32)).astype(dtype)
     report = probe_numerics(model, x, seed=seed)
     assert report.ok, report.faults
+    assert all(p.dtype == dtype for _, p in tree_flatten(model.parameters()))
     assert sum(layer.gradient_error is not None for layer in report.layers) > 3
 
 
