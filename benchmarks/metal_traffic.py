@@ -130,6 +130,23 @@ def knn_cases():
         yield f"neighbors.knn.{n}x{m}x{d}_k{k}", lambda x=x, y=y, k=k: [*bw.knn(x, y, k)], tiled_knn(n, m, d, k)
 
 
+def tiled_mmd(n, d, permutations):
+    """Bytes that the kernel moves in tiles of 32 x 32 pairs, each pair once; with both tiles' bits and sums."""
+    tiles = spans(n)
+    words = 4 * math.ceil(permutations / 32)
+    each = [(a + b) * (4 * d + words + 4) + 32 * permutations for i, a in enumerate(tiles) for b in tiles[: i + 1]]
+    return sum(each)
+
+
+def mmd_cases():
+    """Names, what runs, and the bytes that a tiling of 32 x 32 moves."""
+    for n, m, d, permutations in ((150, 300, 64, 0), (200, 120, 33, 40), (90, 70, 300, 100)):
+        x, y = normals((n, d)), normals((m, d))[::-1]
+        run = partial(bw.mmd, x, y, bandwidth=math.sqrt(d), permutations=permutations)
+        name = f"neighbors.mmd.{n}x{m}x{d}_b{permutations}"
+        yield name, lambda f=run: [mx.array(f().statistic)], tiled_mmd(n + m, d, permutations)
+
+
 def step_cases():
     """Samples that the registers of a threadgroup hold; longer ones are read in each pass of l2 and l1."""
     for shape in ((2000, 30), (64, 784), (16, 3072), (5, 8191)):
@@ -156,6 +173,7 @@ def cases():
     yield from tree_cases()
     yield from ghost_cases()
     yield from knn_cases()
+    yield from mmd_cases()
     yield from smooth_cases()
     yield from tails_cases()
     yield from step_cases()

@@ -8,6 +8,7 @@ table.
 Growth: time is fitted as a power of rows and of columns; scoring must be linear in rows.
 """
 
+import math
 import time
 
 import mlx.core as mx
@@ -147,7 +148,8 @@ def statistics(bench):
 
 
 def exponent(sizes, function):
-    """Slope of the logarithm of the time over that of the size; the least of several runs each, interleaved."""
+    """Exponent e of time = a + b size^e through three sizes in equal ratios, so that a, what a call costs at any size,
+    does not flatten it. The least time of several runs each, interleaved."""
     best = dict.fromkeys(sizes, np.inf)
     for size in sizes:
         mx.eval(function(size))
@@ -156,12 +158,13 @@ def exponent(sizes, function):
             start = time.perf_counter()
             mx.eval(function(size))
             best[size] = min(best[size], time.perf_counter() - start)
-    return float(np.polyfit(np.log(sizes), np.log(list(best.values())), 1)[0])
+    small, middle, large = best.values()
+    return math.log((large - middle) / (middle - small), sizes[1] / sizes[0])
 
 
 def growth(bench):
-    train, x = data(ROWS, COLUMNS), data(4 * ROWS, COLUMNS, seed=1)
-    rows, columns = [ROWS, 2 * ROWS, 4 * ROWS], [16, 32, 64]
+    train, x = data(ROWS, COLUMNS), data(16 * ROWS, COLUMNS, seed=1)
+    rows, columns = [ROWS, 4 * ROWS, 16 * ROWS], [16, 32, 64]
     by_rows = {n: mx.contiguous(x[:n]) for n in rows}
     by_columns = {d: (mx.contiguous(x[:ROWS, :d]), bw.quantile_table(mx.contiguous(train[:, :d]))) for d in columns}
     table, histogram = bw.quantile_table(train), bw.histogram_table(train)

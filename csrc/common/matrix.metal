@@ -25,9 +25,9 @@ inline void load(thread simdgroup_float8x8& m, threadgroup const T* x, uint row_
 }
 
 // c += a b, over `depth` columns of a, which are rows of b.
-template <typename T, uint N>
+template <typename T, typename U, uint N>
 inline void multiply(
-    thread Block<N>& c, threadgroup const T* a, uint a_row, uint a_column, threadgroup const T* b, uint b_row,
+    thread Block<N>& c, threadgroup const T* a, uint a_row, uint a_column, threadgroup const U* b, uint b_row,
     uint b_column, uint depth, uint lane) {
   for (uint k = 0u; k < depth; k += 8u) {
     simdgroup_float8x8 left[N], right[N];

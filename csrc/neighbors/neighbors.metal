@@ -326,3 +326,211 @@ inline void sort(threadgroup uint* key, threadgroup uint* index, uint size, uint
     indices[ulong(i) * sizes.k + e] = is ? int(index[e]) : -1;
   }
 }
+
+// ---- Sums of a Gaussian kernel over all pairs of rows, and over those of each permutation
+
+constant uint DEALT = TILE + 2u;      // of a row of `dealt`, in 16 bits: another bank for each row
+constant float LOSS = 0x1p-10f;       // of a binary logarithm: above, distances of near rows are computed again
+constant float NOTHING = -40.0f;      // binary logarithms below are of values that add nothing
+
+struct Samples {
+  uint count, d, n, permutations, words;
+  uint num_rates;
+  uint tiles;  // of a threadgroup
+};
+
+// A sum and what its rounding lost, and one value more.
+inline float2 add(float2 sum, float x) {
+  float high = sum.x + x, part = high - sum.x;
+  return float2(high, sum.y + ((sum.x - (high - part)) + (x - part)));
+}
+
+// A simdgroup takes a row.
+[[kernel]] [[max_total_threads_per_threadgroup(128)]] void half_squares(
+    device const float* rows [[buffer(0)]], device float* half_square [[buffer(1)]],
+    constant Samples& samples [[buffer(2)]], uint group [[threadgroup_position_in_grid]],
+    uint lane [[thread_index_in_simdgroup]], uint sg [[simdgroup_index_in_threadgroup]]) {
+  uint i = group * (THREADS / 32u) + sg;
+  if (i >= samples.count) return;
+  device const float* row = rows + ulong(i) * samples.d;
+  float sum = 0.0f;
+  for (uint c = lane; c < samples.d; c += 32u) sum = fma(row[c], row[c], sum);
+  sum = simd_sum(sum);
+  if (lane == 0u) half_square[i] = 0.5f * sum;
+}
+
+inline float kernel_of(
+    float exponent, float error, device const float* x, device const float* y, uint d, constant float* rates,
+    uint num_rates) {
+  for (uint r = 0u; r < num_rates; r++) {
+    if (rates[r] * error <= LOSS) continue;
+    if ((exponent + error) * rates[r] > NOTHING) {
+      float sum = 0.0f;
+      for (uint c = 0u; c < d; c++) sum = fma(x[c] - y[c], x[c] - y[c], sum);
+      exponent = -0.5f * sum;
+    }
+    break;
+  }
+  exponent = min(exponent, 0.0f);
+  float value = 0.0f;
+  for (uint r = 0u; r < num_rates; r++) value += exp2(exponent * rates[r]);
+  return value;
+}
+
+// Which of 32 permutations take a row.
+inline uint word_of(device const uint* words, uint row, uint word, constant Samples& samples) {
+  return row < samples.count && word < samples.words ? words[ulong(row) * samples.words + word] : 0u;
+}
+inline float bit_of(threadgroup const uint* chosen, uint row, uint p) {
+  return float((chosen[2u * row + p / 32u] >> (p % 32u)) & 1u);
+}
+
+// Pairs of blocks of 64 rows, a block with itself and those behind it, a run of them a threadgroup: values of the kernel,
+// which no other threadgroup computes, and what they are to the two samples and to each permutation.
+[[kernel]] [[max_total_threads_per_threadgroup(128)]] void add_kernels(
+    device const float* rows [[buffer(0)]], device const uint* words [[buffer(1)]],
+    device const float* half_square [[buffer(2)]], device float2* parts [[buffer(3)]],
+    constant float* rates [[buffer(4)]], constant Samples& samples [[buffer(5)]],
+    uint group [[threadgroup_position_in_grid]], uint t [[thread_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]], uint sg [[simdgroup_index_in_threadgroup]]) {
+  threadgroup float4 held[2u * TILE * STEP];  // two blocks of rows, then their products, then kernels
+  threadgroup half dealt[TILE * DEALT];       // zeros and ones: rows of a block, permutations
+  threadgroup float by_row[THREADS];          // sums of halves of rows
+  threadgroup float half_of[TILE];            // the second block's half squares
+  threadgroup uint chosen[2u * TILE];         // permutations that take the rows of the first block
+  threadgroup float inside[2u * TILE], across[2u * TILE];
+  threadgroup float* kernels = (threadgroup float*)held;
+  uint size = 3u + 2u * samples.permutations, blocks = (samples.count + TILE - 1u) / TILE;
+  device float2* mine = parts + ulong(group) * size;
+  for (uint p = t; t < TILE && p < samples.permutations; p += TILE) {
+    mine[3u + p] = float2(0.0f);
+    mine[3u + samples.permutations + p] = float2(0.0f);
+  }
+  float2 both = float2(0.0f), between = float2(0.0f), neither = float2(0.0f);
+  uint a = 0u, b = group * samples.tiles;  // the group's first pair of blocks
+  while (a < blocks && b >= blocks - a) {
+    b -= blocks - a;
+    a++;
+  }
+  b += a;
+  uint row = sg / 2u * 32u, column = sg % 2u * 32u;
+  for (uint tile = 0u; tile < samples.tiles && a < blocks; tile++) {
+    uint first = a * TILE, other = b * TILE;
+    Block<4> c;
+    clear(c);
+    for (uint k = 0u; k < samples.d; k += DEPTH) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      load_tile(held, rows, first, samples.count, samples.d, k, t);
+      load_tile(held + TILE * STEP, rows, other, samples.count, samples.d, k, t);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      threadgroup const float* left = kernels + row * (4u * STEP);
+      threadgroup const float* right = kernels + (TILE + column) * (4u * STEP);
+      multiply(c, left, 4u * STEP, 1u, right, 1u, 4u * STEP, min(DEPTH, samples.d - k), lane);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint m = 0u; m < 4u; m++)
+      for (uint n = 0u; n < 4u; n++) {
+        uint at = (row + 8u * m + row_in_matrix(lane)) * (TILE + 1u) + column + 8u * n + column_in_matrix(lane);
+        kernels[at] = elements(c.part[m][n]).x;
+        kernels[at + 1u] = elements(c.part[m][n]).y;
+      }
+    if (t < TILE && other + t < samples.count) half_of[t] = half_square[other + t];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    uint i = first + t / 2u;
+    float h = i < samples.count ? half_square[i] : 0.0f, sums[2] = {0.0f, 0.0f};
+    float error_of_row = (sqrt(float(samples.d)) + 8.0f) * 0x1p-22f;
+    for (uint e = t % 2u * 32u; e < t % 2u * 32u + 32u; e++) {
+      uint j = other + e, at = t / 2u * (TILE + 1u) + e;
+      float value = 0.0f;
+      if (i < samples.count && j < samples.count && i != j) {
+        float g = half_of[e];
+        value = kernel_of(
+            kernels[at] - h - g, error_of_row * sqrt(h * g), rows + ulong(i) * samples.d, rows + ulong(j) * samples.d,
+            samples.d, rates, samples.num_rates);
+      }
+      kernels[at] = value;
+      sums[j < samples.n ? 0u : 1u] += value;
+    }
+    by_row[t] = sums[0] + sums[1];
+    float times = a == b ? 1.0f : 2.0f;
+    if (i < samples.n) {
+      both = add(both, times * sums[0]);
+      between = add(between, sums[1]);
+    } else {
+      neither = add(neither, times * sums[1]);
+    }
+    for (uint p = 0u; p < samples.permutations; p += TILE) {
+      uint theirs = word_of(words, other + t / 2u, p / 32u + t % 2u, samples);
+      for (uint e = 0u; e < 32u; e++) dealt[t / 2u * DEALT + t % 2u * 32u + e] = half((theirs >> e) & 1u);
+      chosen[t] = word_of(words, first + t / 2u, p / 32u + t % 2u, samples);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      clear(c);
+      multiply(c, (threadgroup const float*)kernels + row * (TILE + 1u), TILE + 1u, 1u,
+               (threadgroup const half*)dealt + column, DEALT, 1u, TILE, lane);
+      for (uint n = 0u; n < 4u; n++) {
+        uint at = column + 8u * n + column_in_matrix(lane);
+        float2 in = float2(0.0f), all = float2(0.0f);
+        for (uint m = 0u; m < 4u; m++) {
+          uint r = row + 8u * m + row_in_matrix(lane);
+          float2 v = elements(c.part[m][n]);
+          in += v * float2(bit_of(chosen, r, at), bit_of(chosen, r, at + 1u));
+          all += v;
+        }
+        for (uint step = 2u; step <= 16u; step += step == 4u ? 12u : step) {  // lanes of the same columns
+          in += simd_shuffle_xor(in, ushort(step));
+          all += simd_shuffle_xor(all, ushort(step));
+        }
+        if ((lane & 22u) == 0u) {
+          uint to = sg / 2u * TILE + at;
+          inside[to] = in.x;
+          inside[to + 1u] = in.y;
+          across[to] = all.x;
+          across[to + 1u] = all.y;
+        }
+      }
+      float of_rows = 0.0f;
+      for (uint r = 0u; t < TILE && r < TILE; r++)
+        of_rows += bit_of(chosen, r, t) * (by_row[2u * r] + by_row[2u * r + 1u]);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (t < TILE && p + t < samples.permutations) {
+        device float2* within = mine + 3u + p + t;
+        device float2* beyond = within + samples.permutations;
+        *within = add(*within, times * (inside[t] + inside[TILE + t]));
+        *beyond = add(*beyond, of_rows + (a == b ? 0.0f : across[t] + across[TILE + t]));
+      }
+    }
+    b++;
+    if (b == blocks) {
+      a++;
+      b = a;
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  threadgroup float2* totals = (threadgroup float2*)held;
+  totals[t] = both;
+  totals[THREADS + t] = between;
+  totals[2u * THREADS + t] = neither;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (t < 3u) {
+    float2 total = float2(0.0f);
+    for (uint e = 0u; e < THREADS; e++) {
+      total = add(total, totals[t * THREADS + e].x);
+      total.y += totals[t * THREADS + e].y;
+    }
+    mine[t] = total;
+  }
+}
+
+// A thread takes a sum over all threadgroups.
+[[kernel]] [[max_total_threads_per_threadgroup(128)]] void add_parts(
+    device const float2* parts [[buffer(0)]], device float* out [[buffer(1)]], constant uint& groups [[buffer(2)]],
+    constant uint& size [[buffer(3)]], uint k [[thread_position_in_grid]]) {
+  if (k >= size) return;
+  float2 total = float2(0.0f);
+  for (uint g = 0u; g < groups; g++) {
+    total = add(total, parts[ulong(g) * size + k].x);
+    total.y += parts[ulong(g) * size + k].y;
+  }
+  out[k] = total.x;
+  out[size + k] = total.y;
+}

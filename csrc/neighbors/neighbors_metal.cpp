@@ -10,6 +10,7 @@ namespace {
 constexpr uint32_t THREADS = 128, TILE = 64, SORTED = 2048;
 constexpr uint32_t BUSY = 256;  // threadgroups: some for each of 80 cores
 constexpr uint32_t LEAST_COLUMNS = 512, MOST_SEGMENTS = 16;
+constexpr uint32_t MMD_GROUPS = 1024;  // at most: each has sums of all permutations
 
 uint32_t ceil_div(uint32_t a, uint32_t b) { return (a + b - 1) / b; }
 
@@ -56,5 +57,40 @@ void Knn::metal(const Arrays& in, Arrays& out) {
   launch(stream(), choose.constant(2, metric_ == Metric::cosine).constant(3, metric_ == Metric::euclidean));
 }
 
-void Mmd::metal(const Arrays&, Arrays&) {}  // ops/mmd.py does not come here
+namespace {
+struct SampleSizes {  // Samples of neighbors.metal
+  uint32_t count, d, n, permutations, words, num_rates, tiles;
+};
+}  // namespace
+
+void Mmd::metal(const Arrays& in, Arrays& out) {
+  for (auto& a : out) allocate(stream(), a);
+  const auto &rows = in[0], &words = in[1];
+  SampleSizes s{uint32_t(rows.shape(0)),
+                uint32_t(rows.shape(1)),
+                uint32_t(n_),
+                uint32_t(permutations_),
+                uint32_t(words.shape(1)),
+                uint32_t(rates_.size()),
+                1};
+  const uint64_t blocks = ceil_div(s.count, TILE), pairs = blocks * (blocks + 1) / 2;
+  if (blocks > 60000) throw std::runtime_error("[bulwark] mmd: there are too many rows for Metal");
+  s.tiles = uint32_t((pairs + MMD_GROUPS - 1) / MMD_GROUPS);
+  const uint32_t groups = uint32_t((pairs + s.tiles - 1) / s.tiles), size = 3 + 2 * s.permutations;
+  auto half = temporary(stream(), {int(s.count)}, mx::float32);
+  auto parts = temporary(stream(), {int(groups), int(size), 2}, mx::float32);
+  launch(
+      stream(),
+      KernelCall{neighbors_source, "half_squares", ceil_div(s.count, THREADS / 32), THREADS}.in(rows).out(half).bytes(
+          s));
+  KernelCall add{neighbors_source, "add_kernels", groups, THREADS};
+  add.in(rows);
+  s.permutations ? add.in(words) : add.unused();
+  launch(stream(), add.in(half).out(parts).bytes(rates_).bytes(s));
+  launch(stream(), KernelCall{neighbors_source, "add_parts", ceil_div(size, THREADS), THREADS}
+                       .in(parts)
+                       .out(out[0])
+                       .bytes(groups)
+                       .bytes(size));
+}
 }  // namespace bulwark

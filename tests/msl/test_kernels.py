@@ -86,6 +86,10 @@ def neighbors():
     sides = 10.0 * mx.where(mx.arange(96) % 2 == 0, 1.0, -1.0)
     near = mx.concatenate([y[:48, :2]] * 2)
     yield from bw.knn(sides[:8, None] + 1e-4 * x[:8, :2], sides[:, None] + 1e-4 * near, 2)
+    for permutations in (0, 70):  # rows of two blocks, and columns of two products
+        found = bw.mmd(rand((20, 40)), rand((50, 40), seed=1), bandwidth=[6.0, 3.0], permutations=permutations)
+        yield mx.array([found.statistic, *found.permuted])
+    yield mx.array(bw.mmd(sides[:9, None] + near[:9], sides[9:30, None] + near[9:30], bandwidth=1e-3).statistic)
 
 
 def tails():

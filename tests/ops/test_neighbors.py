@@ -404,6 +404,21 @@ def test_bad_arguments(backend):
             call()
 
 
+@pytest.mark.parametrize("metric", ["sqeuclidean", "euclidean"])
+@pytest.mark.parametrize("d", [64, 1024, 4096])
+def test_margin_of_products_covers_their_rounding(backend, d, metric):
+    """Groups far apart, whose rows differ in a few places by one: a product is off by more than their distances are
+    apart, the more so the more columns there are. Whole numbers, so that float64 is exact."""
+    n, d = (48, min(d, 256)) if backend == "metal-sim" else (180, d)
+    generator = np.random.default_rng(d)
+    groups = generator.integers(-2000, 2001, (6, d))
+    rows = groups[np.arange(n) % 6] + (generator.random((n, d)) < 6 / d)
+    x, y = mx.array(rows[: n // 3].astype(np.float32)), mx.array(rows[n // 3 :].astype(np.float32))
+    assert np.square(np64(x) - np64(y).mean(0)).sum(1).min() * 2**-24 > 1  # the least step of a squared distance
+    assert_knn(x, y, 7, metric, exact=True)
+    assert_knn(y, None, 12, metric, exact=True)
+
+
 def test_threads_and_blocks_change_nothing():
     """More rows than a block of the CPU path has, by one thread and by three, by themselves and by halves."""
     x = rand((1500, 9))

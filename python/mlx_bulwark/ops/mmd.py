@@ -23,7 +23,7 @@ _TILE = 512  # rows of a tile of the reference
 _DIFFERENCES = 1 << 22  # that the reference has in memory at once
 _SAMPLE = 1000  # rows whose distances give the bandwidth
 _LOSS = 2.0**-10  # of a binary logarithm: above, distances of near rows are computed again in subtracted form
-_TIES = 4e-7  # of the mean of the kernel: statistics that are nearer are equal up to rounding
+_TIES = 4e-6  # of the mean of the kernel, over the root of the rows: nearer statistics are equal up to rounding
 
 
 class MMD(NamedTuple):
@@ -102,7 +102,7 @@ def mmd(
         words = mx.array(_assignments(n, n + m, permutations, generator))
     sums = _sums(rows, words, n, permutations, rates, stream)
     statistic, permuted, mean = _statistics(np.array(sums).astype(np.float64).sum(0), n, m)
-    p = (1 + int((permuted >= statistic - _TIES * mean).sum())) / (1 + permutations)
+    p = (1 + int((permuted >= statistic - _TIES * mean / math.sqrt(n + m)).sum())) / (1 + permutations)
     return MMD(statistic, p if permutations else None, bandwidths, permuted)
 
 
@@ -150,7 +150,7 @@ def _(arrays: list[mx.array], stream: Any, parameters: str) -> list[mx.array]:
 
 
 def _sums(rows: mx.array, words: mx.array, n: int, permutations: int, rates: list[float], stream: Stream) -> mx.array:
-    if _native.runs_native(stream) and not _native.ext.on_metal(stream):
+    if _native.runs_native(stream):
         return _native.ext.mmd(rows, words, n, permutations, rates, stream)
     with _on(stream):
         return mmd_reference(rows, words, n, permutations, rates)
