@@ -92,7 +92,7 @@ def test_every_layer_with_parameters_is_handled_or_refused_by_name(cls):
             refused = name in refusals.REFUSED or isinstance(module, nn.BatchNorm)
             assert (rules.rule_of(module) is not None) != refused, (path, name)
             if refused:
-                assert len(refusals.refusal(module)) > 30
+                assert len(refusals.refusal(module, "ghost")) > 30
 
 
 def test_the_walk_finds_the_layers():
