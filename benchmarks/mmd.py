@@ -1,6 +1,6 @@
 """Maximum mean discrepancy and its permutation test: ours beside plain MLX ops that hold the kernel's matrices.
 
-The rows belong to the suite ``gate``. The reference computes the kernel of x, of y and between the two, an array each,
+Rows of the suite ``gate``. The reference computes the kernel of x, of y and between the two, an array each,
 and multiplies them by the matrix of zeros and ones that tells which rows a permutation calls x: it uses symmetry and
 computes each value once, as ours does. Peak memory is what a call adds, over the n x m matrix of one of these arrays.
 """
@@ -14,8 +14,7 @@ import numpy as np
 D, PERMUTATIONS = 64, 100
 
 
-def run(bench):
-    bench.suite = "gate"
+def discrepancy(bench):
     n = 2000 if bench.quick else 20_000
     case = f"mmd_{n // 1000}kx{n // 1000}k_d{D}"
     x, y = normals(n, 0), normals(n, 1)

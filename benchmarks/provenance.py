@@ -1,4 +1,4 @@
-"""Building and verifying manifests, beside hashing the same files and nothing else.
+"""Building and verifying manifests, beside hashing the same files and nothing else; rows of the suite ``gate``.
 
 The bare hash is one `hashlib.sha256` a file over all cores, read in pieces of the same size into one buffer a thread,
 by names that are already known. Ours lists the folder, refuses what is no regular file, and makes the Merkle tree.
@@ -18,7 +18,7 @@ from mlx_bulwark.provenance import AuditLog, Manifest
 CASES = {"sha256": (48, 4 << 20), "sha256_10k_files": (10_000, 4 << 10)}
 
 
-def run(bench):
+def hashing(bench):
     for case, (count, size) in CASES.items():
         folder = Path(tempfile.mkdtemp())
         try:
@@ -37,8 +37,8 @@ def one(bench, case, folder, count, size):
         names.append(part / f"{i:05d}")
         names[-1].write_bytes(content[8:] + i.to_bytes(8, "little"))
     manifest = Manifest.build(folder)
-    bench.check(f"gate/{case}", sorted(bare(names, bench.threads)) == sorted(e["digest"] for e in manifest.files))
-    bench.check(f"gate/{case}", manifest.verify(folder).ok)
+    bench.check(f"{case}", sorted(bare(names, bench.threads)) == sorted(e["digest"] for e in manifest.files))
+    bench.check(f"{case}", manifest.verify(folder).ok)
     contestants = {
         "bare": lambda: bare(names, bench.threads),
         "build": lambda: Manifest.build(folder, threads=bench.threads),
@@ -46,9 +46,9 @@ def one(bench, case, folder, count, size):
     }
     times = bench.compare(contestants)
     gigabytes = count * size / 1e9
-    bench.row(f"gate/{case}/over_bare_hash", times.ratio("build", "bare"), "x", peer="hashlib", better="lower")
-    bench.row(f"gate/{case}/verify_over_bare_hash", times.ratio("verify", "bare"), "x", peer="hashlib", better="lower")
-    bench.row(f"gate/{case}/build", gigabytes / times["build"].median, "GB/s", better="higher")
+    bench.row(f"{case}/over_bare_hash", times.ratio("build", "bare"), "x", peer="hashlib", better="lower")
+    bench.row(f"{case}/verify_over_bare_hash", times.ratio("verify", "bare"), "x", peer="hashlib", better="lower")
+    bench.row(f"{case}/build", gigabytes / times["build"].median, "GB/s", better="higher")
 
 
 def bare(names, threads):
@@ -71,5 +71,5 @@ def lines(bench, folder):
     log = AuditLog(Path(folder) / "audit.jsonl")
     before = log.head().count
     time = bench.time(lambda: log.append("test", number=1))
-    bench.check("gate/audit_log", AuditLog.verify(log.path, anchor=log.head()).ok and log.head().count > before)
-    bench.row("gate/audit_log/append", time.median * 1e3, "ms", better="lower")
+    bench.check("audit_log", AuditLog.verify(log.path, anchor=log.head()).ok and log.head().count > before)
+    bench.row("audit_log/append", time.median * 1e3, "ms", better="lower")

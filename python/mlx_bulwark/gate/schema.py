@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from .batch import LABELS, Batch, take
 from .check import Check
@@ -24,6 +24,9 @@ from .rules import (
     from_plain,
     to_plain,
 )
+
+if TYPE_CHECKING:
+    from ..provenance.manifest import AppendsLines
 
 FORMAT = 1
 _MOST_BYTES = 64 << 20  # of a schema in a file
@@ -259,6 +262,7 @@ class Schema:
         *,
         quarantine: "str | os.PathLike[str] | Quarantine | None" = None,
         frame_schema: Any = None,
+        audit_log: "AppendsLines | None" = None,
     ) -> Validated:
         """Let data pass or not.
 
@@ -269,6 +273,7 @@ class Schema:
             quarantine: File or ``Quarantine`` that gets the dropped rows, their numbers and the reasons. A file that
                 exists is appended to.
             frame_schema: As of ``check``.
+            audit_log: A ``provenance.AuditLog``, which gets a line with what was found before the data pass or not.
 
         Returns:
             Validated: The data and the report.
@@ -292,7 +297,7 @@ class Schema:
         if policy == "drop" and quarantine is None:
             raise ValueError("[Schema.validate] quarantine must be given under the policy 'drop' but is None")
         check, report = self._run(data, frame_schema)
-        return self._judged(data, check, report, policy, quarantine)
+        return self._judged(data, check, report, policy, quarantine, audit_log)
 
     def _run(self, data: Any, frame_schema: Any = None, memory: Any = None) -> tuple[Check, ValidationReport]:
         check = Check(self, Batch(data), memory)
@@ -303,8 +308,19 @@ class Schema:
         return check, check.run()
 
     def _judged(
-        self, data: Any, check: Check, report: ValidationReport, policy: str, quarantine: Any, first_row: int = 0
+        self,
+        data: Any,
+        check: Check,
+        report: ValidationReport,
+        policy: str,
+        quarantine: Any,
+        audit_log: "AppendsLines | None",
+        first_row: int = 0,
     ) -> Validated:
+        if audit_log is not None:
+            broken = {rule: count for rule, count in report.counts.items() if count}
+            rows = {"first_row": first_row, "rows": report.rows, "bad_rows": int(report.bad_rows.sum())}
+            audit_log.append("gate.validate", schema=report.schema, policy=policy, broken=broken, **rows)
         if policy == "report" or report.ok:
             return Validated(data, report)
         if policy == "raise" or not all(r.droppable for r in report.findings):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from .quarantine import Quarantine
 from .report import GateError, RuleResult, ValidationReport, absorb
 from .schema import Policy, Schema
 from .statistics import Array
+
+if TYPE_CHECKING:
+    from ..provenance.manifest import AppendsLines
 
 REMEMBERED = 1_000_000
 
@@ -57,9 +60,16 @@ class Stream:
     """
 
     def __init__(
-        self, batches: Iterable[Any], schema: Schema, policy: Policy, quarantine: Quarantine | None, remember: int
+        self,
+        batches: Iterable[Any],
+        schema: Schema,
+        policy: Policy,
+        quarantine: Quarantine | None,
+        remember: int,
+        audit_log: AppendsLines | None,
     ) -> None:
-        self._batches, self._schema, self._policy, self._quarantine = iter(batches), schema, policy, quarantine
+        self._batches, self._schema, self._policy = iter(batches), schema, policy
+        self._quarantine, self._audit_log = quarantine, audit_log
         self._memory = Memory(remember)
         self._places: dict[tuple[str, str], RuleResult] = {}
         self._ended = False
@@ -83,7 +93,9 @@ class Stream:
         check, report = self._schema._run(data, memory=self._memory)
         first_row = self.report.rows
         try:
-            passed = self._schema._judged(data, check, report, self._policy, self._quarantine, first_row)
+            passed = self._schema._judged(
+                data, check, report, self._policy, self._quarantine, self._audit_log, first_row
+            )
         finally:
             absorb(self.report, self._places, report)
         return passed.data, report.rows - report.dropped
@@ -109,6 +121,7 @@ def stream(
     policy: Policy = "raise",
     quarantine: str | os.PathLike[str] | Quarantine | None = None,
     remember: int = REMEMBERED,
+    audit_log: AppendsLines | None = None,
 ) -> Stream:
     """Guard a running input pipeline: check every batch as it comes, in bounded memory.
 
@@ -122,6 +135,7 @@ def stream(
         policy: ``"raise"``, ``"drop"`` or ``"report"``, as of ``Schema.validate``.
         quarantine: Where dropped rows go; row numbers count from the beginning of the stream.
         remember: How many rows and series are remembered, of some 100 bytes each; older ones are forgotten.
+        audit_log: As of ``Schema.validate``: a line a batch.
 
     Returns:
         Stream: An iterator of the batches that pass, with a running ``report``.
@@ -138,7 +152,7 @@ def stream(
         (3, 12, 4)
     """
     kept = _quarantine("stream", policy, quarantine, remember)
-    return Stream(iterable, schema, policy, kept, remember)
+    return Stream(iterable, schema, policy, kept, remember, audit_log)
 
 
 class Dataset:
@@ -155,10 +169,12 @@ class Dataset:
         policy: Policy,
         quarantine: Quarantine | None,
         remember: int,
+        audit_log: AppendsLines | None,
         sample_batch: int | None,
     ) -> None:
         self._pipeline, self._schema, self._policy = pipeline, schema, policy
-        self._quarantine, self._remember, self._sample_batch = quarantine, remember, sample_batch
+        self._quarantine, self._remember, self._audit_log = quarantine, remember, audit_log
+        self._sample_batch = sample_batch
         self._stream: Stream | None = None
 
     @property
@@ -172,7 +188,7 @@ class Dataset:
         if self._stream is not None and hasattr(self._pipeline, "reset"):
             self._pipeline.reset()  # a stream of mlx.data
         items = self._pipeline if self._sample_batch is None else _stacked(self._pipeline, self._sample_batch)
-        self._stream = Stream(items, self._schema, self._policy, self._quarantine, self._remember)
+        self._stream = Stream(items, self._schema, self._policy, self._quarantine, self._remember, self._audit_log)
         return self._stream if self._sample_batch is None else _unstacked(self._stream)
 
     def __len__(self) -> int:
@@ -186,6 +202,7 @@ def dataset(
     policy: Policy = "raise",
     quarantine: str | os.PathLike[str] | Quarantine | None = None,
     remember: int = REMEMBERED,
+    audit_log: AppendsLines | None = None,
     sample_batch: int | None = None,
 ) -> Dataset:
     """Guard a dataset: a plain iterable, or a buffer or stream of mlx.data.
@@ -197,6 +214,7 @@ def dataset(
         policy: As of ``stream``.
         quarantine: As of ``stream``.
         remember: As of ``stream``.
+        audit_log: As of ``stream``.
         sample_batch: The pipeline gives single samples: so many are put together for the check, and given one by one.
 
     Returns:
@@ -217,7 +235,7 @@ def dataset(
     if sample_batch is not None and sample_batch < 1:
         raise ValueError(f"[dataset] sample_batch must be 1 or more but is {sample_batch}")
     kept = _quarantine("dataset", policy, quarantine, remember)
-    return Dataset(pipeline, schema, policy, kept, remember, sample_batch)
+    return Dataset(pipeline, schema, policy, kept, remember, audit_log, sample_batch)
 
 
 def _quarantine(name: str, policy: str, quarantine: Any, remember: int) -> Quarantine | None:
