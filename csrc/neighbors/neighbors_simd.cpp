@@ -92,8 +92,9 @@ static double product(const float* x, const float* y, size_t n) {
 
 // 2^t for t <= 0, to some 1e-7 of it; 0 below the smallest normal number.
 static Vec power(Vec t) {
-  constexpr float ROUND = 0x1.8p23f;  // to the nearest integer
-  const Vec whole = t + ROUND, f = t - (whole - ROUND);
+  constexpr float ROUND = 0x1.8p23f, LEAST = -125;
+  const Vec clipped = t > LEAST ? t : Vec{} + LEAST;                 // the exponent below must not overflow
+  const Vec whole = clipped + ROUND, f = clipped - (whole - ROUND);  // to the nearest integer
   Vec v = f * 0x1.444004p-13f + 0x1.5f0896p-10f;  // of 2^f on [-1/2, 1/2], interpolated at Chebyshev's points
   v = v * f + 0x1.3b2a1cp-7f;
   v = v * f + 0x1.c6af6cp-5f;
@@ -101,7 +102,7 @@ static Vec power(Vec t) {
   v = v * f + 0x1.62e43p-1f;
   v = v * f + 1.0f;
   const Vec scaled = (Vec)((Mask)v + ((Mask)whole << 23));
-  return t > -125.0f ? scaled : Vec{};
+  return t > LEAST ? scaled : Vec{};
 }
 
 static double gaussian(float* products, float x, const float* y, const float* rates, size_t num_rates, size_t n) {
