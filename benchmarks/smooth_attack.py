@@ -33,7 +33,7 @@ def run(bench):
     defence(bench, images, labels, inputs)
     with_noise = fitted(images, labels, LOSSES["gaussian"], SIGMA_OF_TRAINING)
     attack(bench, "attack_mlp", with_noise, SIGMA_OF_TRAINING, images[4000 : 4000 + inputs])
-    attack(bench, "attack_cnn", peers.cnn(data), peers.SIGMA, peers.images(data, inputs))
+    attack(bench, "attack_cnn", peers.cnn(data), peers.SIGMA, peers.images(data, 3 if bench.quick else inputs))
 
 
 def digits(data):
