@@ -71,7 +71,7 @@ def attack_success_rate(model: Model, x: Any, y: Any, poisoned: Poisoned, *, bat
     hits = 0
     for i in range(0, len(rows), batch_size):
         logits = model(mx.array(poisoned.trigger(taken(inputs, rows[i : i + batch_size]))))
-        hits += int((predicted(logits) == poisoned.target).sum().item())
+        hits += int(np.array(predicted(logits) == poisoned.target).sum())
     return hits / len(rows)
 
 
@@ -124,7 +124,7 @@ def outside(x: Any, bounds: Bounds) -> int:
         return 0
     rows = x.reshape(len(x), -1)
     if isinstance(x, mx.array):
-        return len(x) - int(mx.logical_and(rows >= low, rows <= high).all(axis=1).sum().item())
+        return len(x) - int(np.array(mx.logical_and(rows >= low, rows <= high).all(axis=1)).sum())
     return len(x) - int(((rows >= low) & (rows <= high)).all(axis=1).sum())
 
 
