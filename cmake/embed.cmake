@@ -17,7 +17,7 @@ function(embed_metal family out_var)
   string(SHA256 hash "${text}")
   string(SUBSTRING ${hash} 0 16 hash)
   set(out ${CMAKE_CURRENT_BINARY_DIR}/${family}_source.cpp)
-  file(CONFIGURE OUTPUT ${out} @ONLY CONTENT "#include \"common/launch.h\"
+  file(CONFIGURE OUTPUT ${out} @ONLY CONTENT "#include \"common/source.h\"
 namespace bulwark {
 extern const Source ${family}_source;
 const Source ${family}_source{\"${family}\", R\"metal(@text@)metal\", \"${hash}\"};

@@ -7,17 +7,12 @@
 #include <utility>
 #include <vector>
 
+#include "common/source.h"
 #include "mlx/array.h"
 #include "mlx/stream.h"
 
 namespace bulwark {
 namespace mx = mlx::core;
-
-struct Source {  // the text of one <family>.metal, embedded by cmake/embed.cmake
-  const char* name;
-  const char* text;
-  const char* hash;
-};
 
 struct KernelCall {
   struct Arg {  // its position in the list is its [[buffer(i)]]
