@@ -1,0 +1,71 @@
+"""Raises alerts in children that are killed: ``python killed.py FOLDER SEED ALERTS MICROSECONDS``.
+
+A child of a fork opens the state file and raises one alert after the other, from the last that it was told of; its
+parent kills it after a random time, and begins another one, until a child came to its end by itself. ``told`` gets the
+number of each alert after ``raise_alerts`` has returned: what is in there must never be lost.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+from mlx_bulwark.monitor import Alert, Cooldown, DeliveryError, FileSink, Outbox, State
+
+DEADLINE = 60.0  # seconds: a child that does not end is an error, not a test that hangs
+
+
+class FailsHalfOfTheTime:
+    """Passes alerts on, half of the time; half of its failures come after the alert has arrived."""
+
+    def __init__(self, sink, seed):
+        self.name, self._sink, self._random = sink.name, sink, random.Random(seed)
+
+    def deliver(self, alert):
+        fate = self._random.random()
+        if fate < 0.25:
+            raise DeliveryError("before")
+        self._sink.deliver(alert)
+        if fate < 0.5:
+            raise DeliveryError("after")
+
+
+class Receiver:
+    """What is at the other end of a webhook: it writes down every id that comes."""
+
+    name = "webhook"
+
+    def __init__(self, path):
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def deliver(self, alert):
+        os.write(self._file, f"{alert.id}\n".encode())
+
+
+def alert(number):
+    return Alert("warning", "stream", f"alert {number}", {"number": number}, time=float(number))
+
+
+def child(folder, seed, alerts):
+    now = [time.time()]
+
+    def clock():  # waits pass at once
+        now[0] += 1000.0
+        return now[0]
+
+    sinks = [FileSink(folder / "alerts.jsonl"), Receiver(folder / "got")]
+    sinks = [FailsHalfOfTheTime(sink, seed) for sink in sinks]
+        if status == 0:
+            print(kills)
+            return
+        if not os.WIFSIGNALED(status):
+            raise SystemExit("a child failed")
+        kills += 1
+        most *= 1.02  # so that it ends also on a slow machine
+    raise SystemExit("it did not end")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
