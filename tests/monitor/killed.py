@@ -57,6 +57,39 @@ def child(folder, seed, alerts):
 
     sinks = [FileSink(folder / "alerts.jsonl"), Receiver(folder / "got")]
     sinks = [FailsHalfOfTheTime(sink, seed) for sink in sinks]
+    state = State(folder / "monitor.sqlite")
+    outbox = Outbox(state, sinks, cooldown=Cooldown(0), clock=clock, seed=seed)
+    told = os.open(folder / "told", os.O_RDWR | os.O_APPEND | os.O_CREAT)
+    begun = len(os.read(told, 1 << 20).split())
+    for number in range(begun, alerts):
+        outbox.raise_alerts([alert(number)])
+        os.write(told, f"{number}\n".encode())
+        outbox.deliver()
+    while any(box["waiting"] for box in state.pending().values()):
+        outbox.deliver()
+    state.close()
+
+
+def main(folder, seed, alerts, most):
+    folder, seed, alerts, most = Path(folder), int(seed), int(alerts), float(most) * 1e-6
+    moments, kills, began = random.Random(seed), 0, time.monotonic()
+    while time.monotonic() - began < DEADLINE:
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                child(folder, seed * 1000 + kills, alerts)
+                status = 0
+            finally:
+                os._exit(status)
+        until, status = time.monotonic() + moments.uniform(0, most), None
+        while status is None and time.monotonic() < until:
+            ended, found = os.waitpid(pid, os.WNOHANG)
+            status = found if ended else None
+            time.sleep(0.0002)
+        if status is None:
+            os.kill(pid, signal.SIGKILL)
+            status = os.waitpid(pid, 0)[1]
         if status == 0:
             print(kills)
             return

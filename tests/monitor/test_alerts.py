@@ -441,7 +441,7 @@ def test_an_alert_that_is_never_taken_does_not_hold_up_the_rest(tmp_path):
 
     clock, sink = Clock(), Picky(0)
     state = State(tmp_path / "s")
-    outbox = Outbox(state, [sink], cooldown=Cooldown(0), clock=clock)
+    outbox = Outbox(state, [sink], cooldown=Cooldown(0), clock=clock, seed=0)
     outbox.raise_alerts([alert(i) for i in range(5)])
     for _ in range(20):
         outbox.deliver()

@@ -87,7 +87,7 @@ class FileSink:
         >>> path = tempfile.mkdtemp() + "/alerts.jsonl"
         >>> alert = Alert("info", "demo", "hello")
         >>> FileSink(path).deliver(alert); FileSink(path).deliver(alert)
-        >>> len(open(path).readlines())
+        >>> FileSink(path).path.read_text().count("hello")
         1
     """
 
@@ -319,11 +319,13 @@ class Outbox:
         >>> import tempfile
         >>> from mlx_bulwark.monitor import Alert, FileSink, Outbox, State
         >>> folder = tempfile.mkdtemp()
-        >>> outbox = Outbox(State(folder + "/monitor.sqlite"), [FileSink(folder + "/alerts.jsonl")])
+        >>> state = State(folder + "/monitor.sqlite")
+        >>> outbox = Outbox(state, [FileSink(folder + "/alerts.jsonl")])
         >>> outbox.raise_alerts([Alert("critical", "accuracy", "accuracy fell to 0.7")])
         1
         >>> outbox.deliver()
         1
+        >>> state.close()
     """
 
     def __init__(
