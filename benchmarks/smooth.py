@@ -14,9 +14,8 @@ import math
 import mlx.core as mx
 import mlx_bulwark as bw
 import numpy as np
-from mlx_bulwark import smoothing
+from mlx_bulwark import faster_convolutions, smoothing
 from mlx_bulwark.ops import smooth
-from mlx_bulwark.smoothing.convolutions import faster_convolutions
 from scipy import special
 
 from benchmarks import smooth_peers as peers

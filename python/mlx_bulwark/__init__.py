@@ -2,6 +2,7 @@
 
 from . import _native
 from ._native import backend
+from .convolutions import faster_convolutions
 from .ops.clip import ClipFactors, ClippedNorms, clip_and_sum, clip_factors, clipped_sum, sample_sq_norms
 from .ops.ghost import (
     LayerGradients,
@@ -110,6 +111,7 @@ __all__ = [
     "embedding_clipped_sum",
     "embedding_linear_products",
     "embedding_sq_norms",
+    "faster_convolutions",
     "find_noise_multiplier",
     "find_steps",
     "gaussian",

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..convolutions import faster_convolutions
 from ..ops.noise import FLOATS
 from ..ops.step import NORMS, Norm, _rounded_towards
 
@@ -128,20 +129,21 @@ class Attack(ABC):
         task = self._task(x, y, targets)
         if not len(task):
             return AttackResult(x, *(mx.zeros(0, kind) for kind in (mx.bool_, mx.bool_, mx.float32, mx.int32)))
-        logits = self._logits(model, task.x)
-        self._check_classes(task, logits.shape[1])
-        correct = predicted(logits) == task.y
-        untouched = correct if task.targets is None else predicted(logits) != task.targets
-        rows = np.flatnonzero(np.array(mx.logical_and(untouched, task.eps > 0)))
-        queries, success, adversarial = np.ones(len(task), np.int32), np.zeros(len(task), bool), task.x
-        if len(rows):
-            open_task = task.take(rows)
-            found, spent = self._perturb(model, open_task, mx.random.key(self.seed))
-            found, fooled = self._judged(model, open_task, found)
-            adversarial = mx.array(task.x)
-            adversarial[mx.array(rows)] = found
-            success[rows] = fooled
-            queries[rows] += np.asarray(spent, np.int32) + 1
+        with faster_convolutions(model):
+            logits = self._logits(model, task.x)
+            self._check_classes(task, logits.shape[1])
+            correct = predicted(logits) == task.y
+            untouched = correct if task.targets is None else predicted(logits) != task.targets
+            rows = np.flatnonzero(np.array(mx.logical_and(untouched, task.eps > 0)))
+            queries, success, adversarial = np.ones(len(task), np.int32), np.zeros(len(task), bool), task.x
+            if len(rows):
+                open_task = task.take(rows)
+                found, spent = self._perturb(model, open_task, mx.random.key(self.seed))
+                found, fooled = self._judged(model, open_task, found)
+                adversarial = mx.array(task.x)
+                adversarial[mx.array(rows)] = found
+                success[rows] = fooled
+                queries[rows] += np.asarray(spent, np.int32) + 1
         distances = distance(adversarial, task.x, self.norm)
         result = AttackResult(adversarial, mx.array(success), correct, distances, mx.array(queries))
         mx.eval(*result)

@@ -11,8 +11,8 @@ in a sample reach only its own unit.
 
 import json
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -814,9 +814,9 @@ def _convolved_again(arrays: list[mx.array], stream: Any, parameters: str) -> li
     given = json.loads(parameters)
     axes, window = arrays[0].ndim - 2, given["window"]
     stride, padding, dilation = (tuple(window[i + 3 - axes : i + 3]) for i in (3, 6, 9))
-    bias = arrays[2] if given["bias"] else None
+    how = _Convolution(stride, padding, dilation, given["groups"], stream)
     with _on(stream):
-        return [_convolved(arrays[0], arrays[1], bias, stride, padding, dilation, given["groups"])]
+        return [_differentiable(how)(*arrays)]
 
 
 @_native.reference("embedding_sq_norms")
@@ -953,6 +953,72 @@ def _convolved(
 ) -> mx.array:
     y = mx.conv_general(x, weight, stride, padding, dilation, groups=groups)
     return y if bias is None else y + bias
+
+
+class _Convolution(NamedTuple):
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    stream: Stream
+
+
+def _differentiable(how: _Convolution) -> Callable[..., mx.array]:
+    """The convolution of (x, weight[, bias]), whose gradients are convolutions by the kernels too, not MLX's."""
+
+    def convolution(x: mx.array, weight: mx.array, *bias: mx.array) -> mx.array:
+        return _convolved(x, weight, bias[0] if bias else None, how.stride, how.padding, how.dilation, how.groups)
+
+    differentiable = mx.custom_function(convolution)
+
+    @differentiable.vjp
+    def gradients(primals: tuple[mx.array, ...], dy: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+        x, weight, *bias = primals
+        with _on(how.stream):
+            found = (_input_gradient(x, weight, dy, how), _kernel_gradient(x, weight, dy, how))
+            return (*found, *(dy.sum(axis=tuple(range(dy.ndim - 1))) for _ in bias))
+
+    return cast(Callable[..., mx.array], differentiable)
+
+
+def _input_gradient(x: mx.array, weight: mx.array, dy: mx.array, how: _Convolution) -> mx.array:
+    """dy, with zeros where the stride jumps, convolved with the kernels turned round, inputs and outputs swapped."""
+    for axis, step in enumerate(how.stride, start=1):
+        dy = _spread(dy, axis, step)
+    margins = []
+    for n, k, m, p, d in zip(*(a.shape[1:-1] for a in (x, weight, dy)), how.padding, how.dilation, strict=True):
+        before = d * (k - 1) - p
+        margins.append((before, n + d * (k - 1) - m - before))
+    turned = weight[(slice(None), *(slice(None, None, -1) for _ in how.stride))]
+    turned = turned.reshape(how.groups, -1, *turned.shape[1:]).swapaxes(1, -1).flatten(0, 1)
+    padding = (
+        tuple(a if a == b else 0 for a, b in margins) if min(min(m) for m in margins) >= 0 else (0,) * len(margins)
+    )
+    rest = [(a - p, b - p) for (a, b), p in zip(margins, padding, strict=True)]
+    dy = _padded(dy, [(0, 0), *rest, (0, 0)])
+    return convolve(dy, turned, padding=padding, dilation=how.dilation, groups=how.groups, stream=how.stream)
+
+
+def _spread(dy: mx.array, axis: int, step: int) -> mx.array:
+    """Zeros between the positions of an axis."""
+    if step == 1:
+        return dy
+    shape = [*dy.shape[: axis + 1], step, *dy.shape[axis + 1 :]]
+    wide = mx.pad(mx.expand_dims(dy, axis + 1), [(0, n - 1 if i == axis + 1 else 0) for i, n in enumerate(shape)])
+    return wide.flatten(axis, axis + 1)
+
+
+def _padded(dy: mx.array, margins: list[tuple[int, int]]) -> mx.array:
+    """Zeros around, or less of it where a margin is negative."""
+    if not any(map(any, margins)):
+        return dy
+    inside = tuple(slice(max(0, -a), n - max(0, -b)) for n, (a, b) in zip(dy.shape, margins, strict=True))
+    return mx.pad(dy[inside], [(max(0, a), max(0, b)) for a, b in margins])
+
+
+def _kernel_gradient(x: mx.array, weight: mx.array, dy: mx.array, how: _Convolution) -> mx.array:
+    sizes: dict[str, Any] = how._asdict()
+    return conv_clipped_sum(x, dy, mx.ones(len(x)), weight.shape[1:-1], **sizes).weight
 
 
 def _ones(call: _Call, dys: list[mx.array]) -> _Call:

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..convolutions import faster_convolutions
 from ..ops.noise import FLOATS, random_key
 from ..ops.smooth import Distribution, count_votes
 from .bounds import (
@@ -31,7 +32,6 @@ from .bounds import (
     radius_of,
     upper_failure_bound,
 )
-from .convolutions import faster_convolutions
 from .sources import InputNoise, LinearOutputNoise, Source
 
 IN_FLIGHT = 2  # batches: one runs, one waits; more of them would hold memory and gain nothing

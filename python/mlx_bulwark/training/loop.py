@@ -13,6 +13,7 @@ from mlx.utils import tree_map
 from tqdm import tqdm
 
 from ..attacks.base import Attack, predicted
+from ..convolutions import faster_convolutions
 from ..smoothing.bounds import check_count
 from .averaging import EMA
 from .inputs import evaluation_mode, logits_of
@@ -147,7 +148,8 @@ def _step(
 
     def step(*arrays: mx.array) -> mx.array:
         loss: mx.array
-        loss, gradients = loss_and_grad(model, *arrays)
+        with faster_convolutions(model):
+            loss, gradients = loss_and_grad(model, *arrays)
         optimizer.update(model, gradients)
         if ema:
             ema.update(model)

@@ -1,10 +1,13 @@
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
+from mlx_bulwark import convolutions as faster
+from mlx_bulwark.attacks import PGD
 from mlx_bulwark.ops import ghost
 from mlx_bulwark.smoothing import Smooth
-from mlx_bulwark.smoothing import convolutions as faster
+from mlx_bulwark.training import fit
 
 
 class Doubled(nn.Conv2d):
@@ -69,6 +72,22 @@ def test_certificates_use_them(monkeypatch):
     found = Smooth(model, num_classes=3, sigma=0.1).certify(mx.random.normal((2, 9, 9, 2)), n0=10, n=100)
     assert len(seen) >= 3
     assert (found.votes <= 100).all()
+
+
+def test_attacks_and_training_use_them(monkeypatch):
+    mx.random.seed(0)
+    model, seen = network(), calls(monkeypatch)
+    x, y = mx.random.uniform(shape=(4, 9, 9, 2)), mx.array([0, 1, 2, 0])
+    PGD(0.1, steps=2)(model, x, y)
+    assert len(seen) >= 9  # before, two steps, after
+    del seen[:]
+
+    def loss(model, x, y):
+        return nn.losses.cross_entropy(model(x), y, reduction="mean")
+
+    fit(model, loss, (x, y), optim.SGD(0.1), 1, batch_size=4, progress=False)
+    assert seen == [(4, 3, 3, 2), (6, 3, 2, 2), (3, 2, 4)]
+    assert type(model.layers[0]) is nn.Conv2d
 
 
 def test_functions_pass_through():
