@@ -989,7 +989,8 @@ def _input_gradient(x: mx.array, weight: mx.array, dy: mx.array, how: _Convoluti
     for n, k, m, p, d in zip(*(a.shape[1:-1] for a in (x, weight, dy)), how.padding, how.dilation, strict=True):
         before = d * (k - 1) - p
         margins.append((before, n + d * (k - 1) - m - before))
-    turned = weight[(slice(None), *(slice(None, None, -1) for _ in how.stride))]
+    turn = (slice(None), *(slice(None, None, -1) for _ in how.stride))
+    turned = weight[turn]
     turned = turned.reshape(how.groups, -1, *turned.shape[1:]).swapaxes(1, -1).flatten(0, 1)
     padding = (
         tuple(a if a == b else 0 for a, b in margins) if min(min(m) for m in margins) >= 0 else (0,) * len(margins)
