@@ -1,6 +1,28 @@
 """Poison in training data and backdoors in models: planted to test, found, and taken out."""
 
 from . import attacks
+from .classes import Detection
+from .clustering import Clusters, activation_clustering
 from .features import Features, features_and_logits, penultimate_features
+from .influence import self_influence
+from .label_noise import LabelNoise, cross_fitted, label_noise
+from .neighbors import deep_knn
+from .spectral import spectral_signatures
+from .spectre import spectre
 
-__all__ = ["Features", "attacks", "features_and_logits", "penultimate_features"]
+__all__ = [
+    "Clusters",
+    "Detection",
+    "Features",
+    "LabelNoise",
+    "activation_clustering",
+    "attacks",
+    "cross_fitted",
+    "deep_knn",
+    "features_and_logits",
+    "label_noise",
+    "penultimate_features",
+    "self_influence",
+    "spectral_signatures",
+    "spectre",
+]

@@ -1,0 +1,65 @@
+"""Deep k-NN: rows whose neighbours bear another label."""
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..ops.neighbors import knn
+from .classes import Array, Detection, by_class, checked
+
+
+def deep_knn(features: Any, y: Any, *, k: int = 20) -> Detection:
+    """How much more of each row's neighbours bear another label than bear its own.
+
+    A row is to be dropped where its label is not the plurality of its neighbours: where its score is above 0.
+
+    Args:
+        features: Float ``[n, d]``, as of ``penultimate_features``, or the inputs themselves as rows.
+        y: Labels ``[n]``, integers >= 0.
+        k: Neighbours of a row, at most as many as there are.
+
+    Returns:
+        Detection: Scores, the share of the most frequent other label among the neighbours less that of the own one,
+        -1 to 1; a class's statistic is the share of its rows above 0.
+
+    Raises:
+        ValueError: An argument has a wrong shape, dtype or value, or features are not finite.
+
+    Example:
+        >>> import numpy as np
+        >>> from mlx_bulwark.poison import deep_knn
+        >>> features = np.repeat([[0.0], [9.0]], 50, axis=0) + np.arange(100)[:, None] / 100
+        >>> y = np.repeat([0, 1], 50)
+        >>> y[7] = 1
+        >>> np.flatnonzero(deep_knn(features, y, k=5).scores > 0).tolist()
+        [7]
+
+    Source:
+        N. Peri et al., "Deep k-NN Defense against Clean-label Data Poisoning Attacks", 2020.
+    """
+    features, y = checked("deep_knn", features, y)
+    if k < 1:
+        raise ValueError(f"[deep_knn] k must be 1 or more but is {k}")
+    shares = neighbor_shares(features, y, k)
+    rows = np.arange(len(y))
+    own = shares[rows, y] if len(y) else np.zeros(0)
+    others = shares.copy()
+    others[rows, y] = 0
+    scores = others.max(axis=1, initial=0) - own
+    return Detection(scores, {label: float((scores[r] > 0).mean()) for label, r in by_class(y)})
+
+
+def neighbor_shares(features: Array, y: Array, k: int) -> Array:
+    """``[n, classes]``: share of each label among a row's k nearest."""
+    n = len(y)
+    classes = int(y.max(initial=0)) + 1
+    k = min(k, n - 1)
+    if k < 1:
+        return np.zeros((n, classes))
+    centred = features - features.mean(axis=0)
+    largest = float(np.abs(centred).max(initial=0)) or 1.0
+    nearest = np.array(knn(mx.array((centred / largest).astype(np.float32)), k=k).indices)
+    flat = np.repeat(np.arange(n), k) * classes + y[nearest].ravel()
+    shares: Array = np.bincount(flat, minlength=n * classes).reshape(n, classes) / k
+    return shares
