@@ -49,6 +49,27 @@ def test_same_outputs_and_the_model_as_it_was(backend, monkeypatch):
     assert [type(m) for m in model.modules()] == types
 
 
+@pytest.mark.parametrize(
+    ("pool", "shape"),
+    [
+        (nn.MaxPool1d(3), (2, 9, 5)),
+        (nn.MaxPool2d((2, 3)), (3, 8, 9, 4)),
+        (nn.MaxPool2d(2), (3, 9, 8, 4)),  # what is left over
+        (nn.MaxPool2d(3, stride=2, padding=1), (3, 9, 8, 4)),
+        (nn.MaxPool3d(2), (1, 4, 4, 6, 3)),
+        (nn.MaxPool2d(2), (0, 4, 4, 3)),
+    ],
+)
+def test_pools(pool, shape):
+    model, x = nn.Sequential(pool), np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    x[:1, :2] = np.nan
+    plain = model(mx.array(x))
+    with faster.faster_convolutions(model):
+        assert mx.array_equal(model(mx.array(x)), plain, equal_nan=True)
+        inside = mx.grad(lambda z: model(z).square().sum())(mx.array(x[1:]))
+    assert mx.array_equal(inside, mx.grad(lambda z: model(z).square().sum())(mx.array(x[1:])))
+
+
 def test_an_error_inside_leaves_the_model_as_it_was():
     model = network()
     with pytest.raises(KeyError), faster.faster_convolutions(model):
