@@ -37,7 +37,8 @@ def attack_success_rate(model: Model, x: Any, y: Any, poisoned: Poisoned, *, bat
 
     Args:
         model: Takes inputs ``[m, ...]``, returns logits ``[m, C]``.
-        x: Test inputs ``[n, ...]`` without trigger, NumPy or MLX.
+        x: Test inputs ``[n, ...]`` without trigger, NumPy or MLX, which reach the model as MLX; or a list of texts,
+            which reaches it as a list.
         y: Their classes ``[n]``, integers.
         poisoned: The attack, which must have a trigger and a target.
         batch_size: Inputs of a forward pass.
@@ -62,7 +63,7 @@ def attack_success_rate(model: Model, x: Any, y: Any, poisoned: Poisoned, *, bat
     """
     op = "attack_success_rate"
     check_model(op, model)
-    labels, inputs = check_set(op, x, y)
+    labels = check_labels(op, y, len(x))
     if poisoned.trigger is None or poisoned.target is None:
         raise ValueError(f"[{op}] poisoned must have a trigger and a target but has not")
     rows = np.flatnonzero(labels != poisoned.target)
@@ -70,7 +71,8 @@ def attack_success_rate(model: Model, x: Any, y: Any, poisoned: Poisoned, *, bat
         raise ValueError(f"[{op}] x must have inputs of other classes than the target {poisoned.target} but has none")
     hits = 0
     for i in range(0, len(rows), batch_size):
-        logits = model(mx.array(poisoned.trigger(taken(inputs, rows[i : i + batch_size]))))
+        inputs = poisoned.trigger(taken(x, rows[i : i + batch_size]))
+        logits = model(mx.array(inputs) if isinstance(inputs, np.ndarray) else inputs)
         hits += int(np.array(predicted(logits) == poisoned.target).sum())
     return hits / len(rows)
 
@@ -160,7 +162,9 @@ def eligible_rows(op: str, y: Array, target: int, source: Any) -> tuple[Array, s
 
 
 def taken(x: Any, rows: Array) -> Any:
-    """Some rows of an array of either kind."""
+    """Some rows of an array of either kind, or of a list."""
+    if isinstance(x, (list, tuple)):
+        return [x[i] for i in rows]
     return x[mx.array(rows)] if isinstance(x, mx.array) else x[rows]
 
 
