@@ -9,8 +9,10 @@ from .label_noise import LabelNoise, cross_fitted, label_noise
 from .neighbors import deep_knn
 from .spectral import spectral_signatures
 from .spectre import spectre
+from .strip import STRIP
 
 __all__ = [
+    "STRIP",
     "Clusters",
     "Detection",
     "Features",
