@@ -1,11 +1,14 @@
-"""Monitoring: control charts, alerts that are neither lost nor doubled, and where they go."""
+"""Monitoring: control charts, windows of drift, and alerts that are neither lost nor doubled."""
 
 from .alerts import Alert, Cooldown, Severity
-from .baseline import Baseline, estimate
+from .baseline import Estimate, estimate
 from .charts import Chart, Signal
+from .reference import Baseline
+from .schedule import Schedule
 from .shewhart import NELSON, Shewhart
 from .sinks import DeliveryError, FileSink, LoggingSink, Outbox, PrometheusSink, Sink, WebhookSink, verify_webhook
 from .state import State, StateError
+from .windows import DriftWindow, WindowTest
 
 __all__ = [
     "NELSON",
@@ -14,10 +17,13 @@ __all__ = [
     "Chart",
     "Cooldown",
     "DeliveryError",
+    "DriftWindow",
+    "Estimate",
     "FileSink",
     "LoggingSink",
     "Outbox",
     "PrometheusSink",
+    "Schedule",
     "Severity",
     "Shewhart",
     "Signal",
@@ -25,6 +31,7 @@ __all__ = [
     "State",
     "StateError",
     "WebhookSink",
+    "WindowTest",
     "estimate",
     "verify_webhook",
 ]

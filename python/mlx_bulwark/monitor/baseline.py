@@ -12,7 +12,7 @@ D2 = 1.1283791670955126  # 2 / sqrt(pi): mean range of two normal values, in sig
 MAD = 1.482602218505602  # 1 / the 75 % quantile of the normal distribution
 
 
-class Baseline(NamedTuple):
+class Estimate(NamedTuple):
     """What trusted values say of a process.
 
     Attributes:
@@ -26,7 +26,7 @@ class Baseline(NamedTuple):
     size: int
 
 
-def estimate(values: Any, estimator: Estimator = "moving_range") -> Baseline:
+def estimate(values: Any, estimator: Estimator = "moving_range") -> Estimate:
     """Estimate centre and sigma of a process from trusted values in the order of their time.
 
     Limits from estimates are wrong by as much as the estimates are, so that run lengths differ from chart to chart: of
@@ -41,7 +41,7 @@ def estimate(values: Any, estimator: Estimator = "moving_range") -> Baseline:
             which outliers hardly move.
 
     Returns:
-        Baseline: Centre, sigma, and the number of values.
+        Estimate: Centre, sigma, and the number of values.
 
     Raises:
         ValueError: The values are fewer than 2, not finite, or so much alike that sigma is 0.
@@ -69,7 +69,7 @@ def estimate(values: Any, estimator: Estimator = "moving_range") -> Baseline:
     sigma = _sigma(x, center, estimator)
     if not sigma > 0:
         raise ValueError(f"[estimate] values must vary but their {estimator.replace('_', ' ')} gives a sigma of 0")
-    return Baseline(center, sigma, len(x))
+    return Estimate(center, sigma, len(x))
 
 
 def _sigma(x: Array, center: float, estimator: Estimator) -> float:
