@@ -1,8 +1,8 @@
 """A schema's ranges and missing values over [10M, 32] float32, against pandera.
 
 Both judge the same rules of the same numbers, each in its own container: pandera a dataframe, in its fastest form (one
-``in_range`` a column, not nullable), the gate an MLX array. Two more rows give the gate the NumPy array, which it
-copies to the device piece by piece, and the very dataframe. Before anything is timed both must agree on planted
+``in_range`` a column, not nullable), the gate an MLX array. Two more rows give the gate the NumPy array and the very
+dataframe, both read where they lie. Before anything is timed both must agree on planted
 numbers, and find clean ones clean.
 """
 

@@ -13,7 +13,9 @@ from .domain import registered
 from .fields import check_field, first_rows, tests
 from .relations import check_relation
 from .report import Mask, RuleResult, ValidationReport
+from .rules import Field
 from .series import check_series
+from .statistics import ChannelStatistics, channel_statistics, neighbours
 
 if TYPE_CHECKING:
     from .schema import Schema
@@ -31,8 +33,10 @@ class Check:
         memory: What a stream keeps between batches; None for data that stand alone.
     """
 
-    def __init__(self, schema: Schema, batch: Batch, memory: Any = None) -> None:
+    def __init__(self, schema: Schema, batch: Batch, memory: Any = None, statistics: bool = False) -> None:
         self.schema, self.batch, self.memory = schema, batch, memory
+        self._all_moments = statistics
+        self._known: dict[str, ChannelStatistics] = {}
         self.alpha = schema.false_alarm / max(1, sum(1 for _ in tests(schema.fields)))
         self.axes: dict[str, int] = {}
         self.results: list[RuleResult] = []
@@ -97,6 +101,24 @@ class Check:
     def numeric(self, name: str) -> bool:
         """Whether a field is there and holds numbers or times; a rule that needs it says if not."""
         return name in self.batch.arrays and self.batch.arrays[name].dtype.kind in "fiubmM"
+
+    def reads_moments(self, rule: Field) -> bool:
+        """Whether mean and standard deviation of a field are asked for."""
+        return self._all_moments or rule.mean is not None or rule.std is not None or rule.trusted is not None
+
+    def channel_statistics(self, name: str, rule: Field) -> ChannelStatistics:
+        """Statistics of a numeric field; columns of one matrix are read together."""
+        a, device = self.batch.arrays[name], self.batch.device.get(name)
+        if name in self._known:
+            return self._known[name]
+        found = neighbours(name, self.batch.arrays) if device is None else None
+        if found is None:
+            return channel_statistics(a, rule.axis, device, moments=self.reads_moments(rule))
+        names, matrix = found
+        moments = any(self.reads_moments(self.schema.fields[n]) for n in names if n in self.schema.fields)
+        together = channel_statistics(matrix, 0, moments=moments)
+        self._known.update((n, together.channel(j)) for j, n in enumerate(names))
+        return self._known[name]
 
     def _presence(self) -> None:
         schema, arrays = self.schema, self.batch.arrays

@@ -12,7 +12,7 @@ from scipy import stats
 
 from .report import NAMED_ROWS, Mask
 from .rules import Field, Outlier, Trusted
-from .statistics import Array, ChannelStatistics, Float64, by_row, channel_statistics, channels, laid_out, pieces
+from .statistics import Array, ChannelStatistics, Float64, by_row, channels, laid_out, pieces
 
 if TYPE_CHECKING:
     from .check import Check
@@ -89,11 +89,11 @@ def _numbers(check: Check, name: str, rule: Field, a: Array) -> None:
     if rule.trusted and rule.trusted.mean and len(rule.trusted.mean) != width:
         check.data("shape", name, 1, f"have the {len(rule.trusted.mean)} channels of trusted", f"has {width}")
         return
-    s = channel_statistics(a, rule.axis, check.batch.device.get(name))
+    s = check.channel_statistics(name, rule)
+    moments = {"mean": s.mean.tolist(), "std": s.std.tolist()} if check.reads_moments(rule) else {}
     check.statistics[name] = {
         "count": s.count.tolist(),
-        "mean": s.mean.tolist(),
-        "std": s.std.tolist(),
+        **moments,
         "minimum": s.minimum.tolist(),
         "maximum": s.maximum.tolist(),
         "missing": s.nans.tolist(),

@@ -61,7 +61,8 @@ class ValidationReport:
         schema: Name and version of the schema.
         rows: Rows that were looked at.
         results: Every rule that ran, broken or not.
-        statistics: Count, mean, std, minimum, maximum, missing and infinite of numeric fields, a list entry a channel.
+        statistics: Count, minimum, maximum, missing and infinite of numeric fields, an entry a channel; mean and std
+            where they were asked for.
         contributors: Rows, share and agreement by contributor, where the schema has such rules.
         bad_rows: bool ``[rows]``: which rows break a rule.
         dropped: How many rows were left out, under the policy ``"drop"``.

@@ -233,13 +233,15 @@ class Schema:
         """
         return replace(self, fields={**self.fields, name: replace(self.fields.get(name, Field()), **rules)})
 
-    def check(self, data: Any, *, frame_schema: Any = None) -> ValidationReport:
+    def check(self, data: Any, *, frame_schema: Any = None, statistics: bool = False) -> ValidationReport:
         """Hold data against all rules.
 
         Args:
             data: An array ``[n, ...]`` (NumPy or MLX), ``(features, labels)``, a mapping of arrays by name, a
                 structured array, or a pandas or Arrow table.
             frame_schema: A ``pandera.DataFrameSchema`` that tables are held against too.
+            statistics: Report mean and standard deviation of all numeric fields; otherwise of those whose rules read
+                them, which is quicker.
 
         Returns:
             ValidationReport: Every rule with its count.
@@ -253,7 +255,7 @@ class Schema:
             >>> Schema(fields={"age": Field(low=0, high=150)}).check({"age": np.array([4, -1, 200])}).counts["range"]
             2
         """
-        return self._run(data, frame_schema)[1]
+        return self._run(data, frame_schema, statistics=statistics)[1]
 
     def validate(
         self,
@@ -299,8 +301,10 @@ class Schema:
         check, report = self._run(data, frame_schema)
         return self._judged(data, check, report, policy, quarantine, audit_log)
 
-    def _run(self, data: Any, frame_schema: Any = None, memory: Any = None) -> tuple[Check, ValidationReport]:
-        check = Check(self, Batch(data), memory)
+    def _run(
+        self, data: Any, frame_schema: Any = None, memory: Any = None, statistics: bool = False
+    ) -> tuple[Check, ValidationReport]:
+        check = Check(self, Batch(data), memory, statistics)
         if frame_schema is not None:
             from .frames import check_frame
 
