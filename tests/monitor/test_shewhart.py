@@ -7,7 +7,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mlx_bulwark.monitor import NELSON, Chart, Shewhart, Signal
+from mlx_bulwark.monitor import NELSON, Chart, Shewhart, Signal, WesternElectric
 
 RISING = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
 TURNS = [0.5, 0.6] * 7
@@ -114,3 +114,18 @@ def test_words():
     assert str(signal) == "value 1 is 3.5: above the limit of 3 (3 sigma)"
     assert [o.message for o in signal.others] == ["value 1 is 3.5: 2 of the last 3 points are above 2 (2 sigma)"]
     assert chart.update(math.nan).message == "value 2 is not a number"
+
+
+@given(values)
+@settings(max_examples=200, deadline=None)
+def test_western_electric_is_four_of_them_with_a_run_of_8(z):
+    found, kept = [], []
+    for i, v in enumerate(z):
+        if not math.isfinite(v):
+            found.append((i, "not finite"))
+            continue
+        kept.append(v)
+        run = len(kept) >= 8 and (min(kept[-8:]) > 0 or max(kept[-8:]) < 0)
+        broken = [naive(1, kept), naive(5, kept), naive(6, kept), run]
+        found += [(i, f"western electric {rule}") for rule, holds in enumerate(broken, 1) if holds]
+    assert fired(WesternElectric(0.0, 1.0).update_many(z)) == found

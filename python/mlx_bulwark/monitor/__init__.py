@@ -3,14 +3,18 @@
 from .alerts import Alert, Cooldown, Severity
 from .baseline import Estimate, estimate
 from .charts import Chart, Signal
+from .location import LocationChart, Streams, Violations
 from .reference import Baseline
 from .schedule import Schedule
-from .shewhart import NELSON, Shewhart
+from .sequential import CUSUM, EWMA
+from .shewhart import NELSON, Shewhart, WesternElectric
 from .sinks import DeliveryError, FileSink, LoggingSink, Outbox, PrometheusSink, Sink, WebhookSink, verify_webhook
 from .state import State, StateError
 from .windows import DriftWindow, WindowTest
 
 __all__ = [
+    "CUSUM",
+    "EWMA",
     "NELSON",
     "Alert",
     "Baseline",
@@ -20,6 +24,7 @@ __all__ = [
     "DriftWindow",
     "Estimate",
     "FileSink",
+    "LocationChart",
     "LoggingSink",
     "Outbox",
     "PrometheusSink",
@@ -30,7 +35,10 @@ __all__ = [
     "Sink",
     "State",
     "StateError",
+    "Streams",
+    "Violations",
     "WebhookSink",
+    "WesternElectric",
     "WindowTest",
     "estimate",
     "verify_webhook",
