@@ -39,6 +39,18 @@ def test_build_verify_and_find(run, tmp_path):
     assert (code, told["lines"][0]["kind"]) == (0, "manifest.verify")
 
 
+def test_another_schema_is_a_finding_and_none_a_notice(run, tmp_path):
+    (tmp_path / "s.json").write_text("{}")
+    run("manifest", "build", "data", "--out", "m.json", "--schema", "s.json")
+    code, told, _ = run("manifest", "verify", "m.json", "data", "--json")
+    assert (code, [n["kind"] for n in told["notices"]]) == (0, ["schema"])
+    assert "notice: schema" in run("manifest", "verify", "m.json", "data", "--same-commit")[1]
+    assert run("manifest", "verify", "m.json", "data", "--schema", "s.json")[0] == 0
+    (tmp_path / "s.json").write_text("{ }")
+    code, told, _ = run("manifest", "verify", "m.json", "data", "--schema", "s.json", "--json")
+    assert (code, told["findings"][0]["kind"]) == (1, "schema")
+
+
 def test_sign_and_verify(run, tmp_path):
     pytest.importorskip("model_signing")
     run("manifest", "build", "data", "--out", "m.json")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 from .audit_log import AuditLog, lines
 from .environment import capture_environment, verify_environment
-from .manifest import Manifest, Verification
+from .manifest import Finding, Manifest, Verification
 from .signing import sign, verify_signature
 from .strict_json import ProvenanceError
 
@@ -108,6 +108,12 @@ def _manifest_app() -> "typer.Typer":
         ] = None,
         identity: Annotated[str | None, typer.Option(help="Who signed by Sigstore.", show_default=False)] = None,
         oidc_issuer: Annotated[str | None, typer.Option(help="Who vouches for it.", show_default=False)] = None,
+        schema: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Schema the data is held against now.", show_default=False)
+        ] = None,
+        same_commit: Annotated[
+            bool, typer.Option("--same-commit", help="Another git commit is a finding, not a notice.")
+        ] = False,
         environment: Annotated[bool, typer.Option("--environment", help="Verify what is installed too.")] = False,
         ignore: Annotated[
             list[str] | None, typer.Option(help="Further path to leave out; may repeat.", show_default=False)
@@ -128,11 +134,19 @@ def _manifest_app() -> "typer.Typer":
             if signature is not None:
                 verify_signature(manifest, signature, key=key, identity=identity, oidc_issuer=oidc_issuer)
             content, written_to = Manifest.load(manifest), _log(audit_log)
-            found = content.verify(root, ignore=ignore or [], progress=progress, cache=cache, audit_log=written_to)
+            found = content.verify(
+                root,
+                schema=schema,
+                same_commit=same_commit,
+                ignore=ignore or [],
+                progress=progress,
+                cache=cache,
+                audit_log=written_to,
+            )
             if environment:
                 also = verify_environment(content.environment, progress=progress, audit_log=written_to)
-                found = Verification(found.findings + also.findings, found.checked + also.checked)
-            words = [f"{f.kind:<13} {f.path!r}: {f.message}" for f in found.findings]
+                found = Verification(found.findings + also.findings, found.checked + also.checked, found.notices)
+            words = [_line(f) for f in found.findings] + [f"notice: {_line(f)}" for f in found.notices]
             words.append(f"{len(found.findings):,} findings in {found.checked:,} files")
             return found.to_json(), words, found.ok
 
@@ -252,6 +266,10 @@ def _log_app() -> "typer.Typer":
 
 def _log(path: Path | None) -> AuditLog | None:
     return None if path is None else AuditLog(path)
+
+
+def _line(finding: Finding) -> str:
+    return f"{finding.kind:<13} {f'{finding.path!r}: ' if finding.path else ''}{finding.message}"
 
 
 def _misuse(message: str) -> NoReturn:

@@ -31,8 +31,9 @@ class Finding(NamedTuple):
 
     Attributes:
         kind: ``"changed"``, ``"missing"``, ``"extra"``, ``"case-rename"``, ``"unicode-twin"``, ``"link"``,
-            ``"special"`` or ``"unreadable"``; of an environment and a lineage also others.
-        path: the file, from the root.
+            ``"special"``, ``"unreadable"``, ``"schema"`` or ``"git-commit"``; of an environment and a
+            lineage also others.
+        path: the file, from the root; of a schema the file that was given, of a commit nothing.
         message: what is wrong with it.
     """
 
@@ -48,10 +49,12 @@ class Verification:
     Attributes:
         findings: what is not as it should be, in the order of paths.
         checked: number of files that were compared.
+        notices: what should be known and is no finding: a schema that was not compared, another git commit.
     """
 
     findings: list[Finding] = field(default_factory=list)
     checked: int = 0
+    notices: list[Finding] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:
@@ -60,7 +63,8 @@ class Verification:
 
     def to_json(self) -> dict[str, Any]:
         """For ``json.dumps``."""
-        return {"ok": self.ok, "checked": self.checked, "findings": [f._asdict() for f in self.findings]}
+        told = {name: [f._asdict() for f in getattr(self, name)] for name in ("findings", "notices")}
+        return {"kind": "manifest", "ok": self.ok, "checked": self.checked, **told}
 
 
 class Diff(NamedTuple):
@@ -268,6 +272,8 @@ class Manifest:
         self,
         root: str | os.PathLike[str],
         *,
+        schema: str | os.PathLike[str] | None = None,
+        same_commit: bool = False,
         ignore: Iterable[str] = (),
         threads: int | None = None,
         progress: bool = False,
@@ -280,6 +286,9 @@ class Manifest:
 
         Args:
             root: the folder that paths are told from.
+            schema: file of the schema that the data is held against now; another one than the manifest's is a finding.
+            same_commit: whether another git commit than the manifest's is a finding. It is a notice otherwise: the
+                digests say already that the files are the same.
             ignore: further paths to leave out, of this verification alone.
             threads: Default: one a core.
             progress: whether to show a bar.
@@ -305,10 +314,37 @@ class Manifest:
             cache=cache,
         )
         findings = _compare(expected, found, dict(zip(there, digests, strict=True)), top)
-        result = Verification(sorted(findings, key=lambda f: (f.path, f.kind)), len(there))
+        findings += self._other_schema(schema)
+        commit = self._other_commit(top)
+        findings += commit if same_commit else []
+        notices = self._unread_schema(schema) + ([] if same_commit else commit)
+        result = Verification(sorted(findings, key=lambda f: (f.path, f.kind)), len(there), notices)
         if audit_log is not None:
             audit_log.append("manifest.verify", manifest=self.digest, ok=result.ok, findings=len(findings))
         return result
+
+    def _other_schema(self, schema: str | os.PathLike[str] | None) -> list[Finding]:
+        if schema is None:
+            return []
+        path = os.fspath(schema)
+        if self.schema is None:
+            return [Finding("schema", path, "the manifest names no schema")]
+        try:
+            same = _plain_digest(schema) == self.schema
+        except OSError as e:
+            return [Finding("schema", path, f"it could not be read: {e.strerror or e}")]
+        return [] if same else [Finding("schema", path, "it is another schema than the data was checked against")]
+
+    def _unread_schema(self, schema: str | os.PathLike[str] | None) -> list[Finding]:
+        if schema is not None or self.schema is None:
+            return []
+        return [Finding("schema", "", f"the data was checked against {self.schema}; no schema was given to compare")]
+
+    def _other_commit(self, top: str) -> list[Finding]:
+        if self.git_commit is None or (commit := _git_commit(top)) == self.git_commit:
+            return []
+        now = f"the checkout is at {commit}" if commit else "there is no checkout"
+        return [Finding("git-commit", "", f"the manifest was built at {self.git_commit}; {now}")]
 
     def diff(self, newer: "Manifest") -> Diff:
         """What changed from this manifest to a newer one.
