@@ -3,7 +3,9 @@
 from .alerts import Alert, Cooldown, Severity
 from .baseline import Estimate, estimate
 from .charts import Chart, Signal
+from .hotelling import HotellingT2
 from .location import LocationChart, Streams, Violations
+from .proportions import ClassChart, PChart, confusion_matrix
 from .reference import Baseline
 from .schedule import Schedule
 from .sequential import CUSUM, EWMA
@@ -19,14 +21,17 @@ __all__ = [
     "Alert",
     "Baseline",
     "Chart",
+    "ClassChart",
     "Cooldown",
     "DeliveryError",
     "DriftWindow",
     "Estimate",
     "FileSink",
+    "HotellingT2",
     "LocationChart",
     "LoggingSink",
     "Outbox",
+    "PChart",
     "PrometheusSink",
     "Schedule",
     "Severity",
@@ -40,6 +45,7 @@ __all__ = [
     "WebhookSink",
     "WesternElectric",
     "WindowTest",
+    "confusion_matrix",
     "estimate",
     "verify_webhook",
 ]

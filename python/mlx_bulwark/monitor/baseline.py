@@ -29,9 +29,10 @@ class Estimate(NamedTuple):
 def estimate(values: Any, estimator: Estimator = "moving_range") -> Estimate:
     """Estimate centre and sigma of a process from trusted values in the order of their time.
 
-    Limits from estimates are wrong by as much as the estimates are, so that run lengths differ from chart to chart: of
-    charts with 3-sigma limits from 30 values, one in ten gives a false alarm every 95 values or more often, where known
-    parameters give one in 370. Take several hundred values where you can.
+    Limits from estimates are wrong by as much as the estimates are, so that run lengths differ from chart to chart.
+    With known parameters 3-sigma limits give a false alarm every 370 values on average; of charts from 30 values one in
+    ten gives one every 52 values or more often, from 300 every 190 (by the moving range; ``docs/monitor.md`` has more).
+    Take several hundred values where you can.
 
     Args:
         values: Numbers ``[n]``, n >= 2, oldest first.
