@@ -573,12 +573,19 @@ def _app() -> "typer.Typer":
         false_alarm: Annotated[float, typer.Option(help="Probability that all tests together refuse clean data.")] = (
             1e-3
         ),
+        detector: Annotated[
+            str | None,
+            typer.Option(
+                metavar="NAME", help="Limit outliers by a detector too, mahalanobis for example; see outliers."
+            ),
+        ] = None,
         max_bytes: Annotated[int, typer.Option(min=1, help=max_bytes_help)] = 4 << 30,
         json: Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")] = False,
     ) -> None:
         from .gate import command
 
         options: dict[str, Any] = {
+            "detector": detector,
             "quantiles": quantiles,
             "margin": margin,
             "false_alarm": false_alarm,

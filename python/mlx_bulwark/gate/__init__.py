@@ -1,6 +1,7 @@
 """The gate: what is checked before an array is trusted, in training and at inference."""
 
 from .augmentation import GuardedAugmentation, augmentation
+from .detectors import register as register_detector
 from .domain import rule
 from .drift import Drift, DriftReport, DriftResult
 from .frames import to_pandera
@@ -9,7 +10,18 @@ from .numerics import LayerNumerics, NumericsReport, probe_numerics
 from .quarantine import Dropped, Quarantine, read_quarantine
 from .readers import ReadError, read
 from .report import GateError, RuleResult, ValidationReport
-from .rules import Contributors, DomainRule, Field, NearDuplicates, Outlier, Relation, SchemaError, Series, Trusted
+from .rules import (
+    Contributors,
+    DomainRule,
+    Field,
+    NearDuplicates,
+    Outlier,
+    Outliers,
+    Relation,
+    SchemaError,
+    Series,
+    Trusted,
+)
 from .schema import Schema, Validated
 from .squeezing import JPEG, BitDepth, FeatureSqueezing, MedianSmoothing, straight_through
 from .stream import Dataset, Stream, dataset, stream
@@ -49,6 +61,7 @@ __all__ = [
     "NearDuplicates",
     "NumericsReport",
     "Outlier",
+    "Outliers",
     "Quarantine",
     "ReadError",
     "Relation",
@@ -72,6 +85,7 @@ __all__ = [
     "probe_numerics",
     "read",
     "read_quarantine",
+    "register_detector",
     "rule",
     "straight_through",
     "stream",

@@ -37,7 +37,8 @@ class Check:
         self.schema, self.batch, self.memory = schema, batch, memory
         self._all_moments = statistics
         self._known: dict[str, ChannelStatistics] = {}
-        self.alpha = schema.false_alarm / max(1, sum(1 for _ in tests(schema.fields)))
+        count = sum(1 for _ in tests(schema.fields)) + sum(rule.trusted is not None for rule in schema.outliers)
+        self.alpha = schema.false_alarm / max(1, count)
         self.axes: dict[str, int] = {}
         self.results: list[RuleResult] = []
         self.bad: list[tuple[int, Mask]] = []
@@ -83,6 +84,11 @@ class Check:
             check_series(self, schema.series)
         for relation in schema.relations:
             check_relation(self, relation)
+        if schema.outliers:
+            from .detectors import check_outliers
+
+            for outliers in schema.outliers:
+                check_outliers(self, outliers)
         for domain_rule in schema.domain:
             self._domain(domain_rule)
         if schema.contributors and schema.contributors.field in arrays:

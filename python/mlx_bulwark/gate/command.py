@@ -34,9 +34,17 @@ def check(data: Path, schema: Path, quarantine: Path | None, max_bytes: int, as_
     return OK if report.ok else FOUND
 
 
-def infer(data: Path, out: Path | None, as_json: bool, *, max_bytes: int, **options: Any) -> int:
-    """Infer a schema from a file that is trusted."""
+def infer(
+    data: Path, out: Path | None, as_json: bool, *, max_bytes: int, detector: str | None = None, **options: Any
+) -> int:
+    """Infer a schema from a file that is trusted; a detector is written beside it."""
     try:
+        if detector is not None:
+            if out is None:
+                raise ValueError("--detector wants --out: the detector is written beside the schema")
+            from ..outliers.command import unfitted
+
+            options["detector"] = unfitted(detector, None, 0, new_rows=True)
         schema = Schema.infer(read(data, max_bytes=max_bytes), name=data.stem, **options)
         if out is not None:
             schema.save(out)

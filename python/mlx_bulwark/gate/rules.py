@@ -165,6 +165,28 @@ class Relation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Outliers:
+    """How abnormal rows may be to a fitted detector of ``outliers``, over several columns together.
+
+    Attributes:
+        detector: Name of its file, beside that of the schema: safetensors, no code.
+        hash: Hash of all that the detector is; another one is refused.
+        fields: Fields whose columns it takes, in its order. Rows with missing or infinite values there are not scored.
+        limit: Largest ``anomaly_score``.
+        share: Largest share of scored rows above the limit.
+        trusted: Of trusted rows that the detector was not fitted to: how many, and how many had this score or a higher
+            one. With it the share is tested at the schema's false-alarm rate instead.
+    """
+
+    detector: str
+    hash: str
+    fields: tuple[str, ...]
+    limit: float
+    share: float = 0.0
+    trusted: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class DomainRule:
     """A registered function that says of each row whether it is right; see ``gate.rule``.
 

@@ -18,6 +18,7 @@ from .rules import (
     Field,
     NearDuplicates,
     Operator,
+    Outliers,
     Relation,
     SchemaError,
     Series,
@@ -67,6 +68,7 @@ class Schema:
         near_duplicates: Rows that are almost copies.
         series: Rules of rows in time.
         relations: Rules of fields together.
+        outliers: Detectors of ``outliers``, and how abnormal rows may be to them.
         domain: Rules of the user's own, registered by ``gate.rule``.
         contributors: Rules of those who made the data.
         false_alarm: Probability that the tests against trusted data, all together, refuse a batch that comes from
@@ -96,6 +98,7 @@ class Schema:
     near_duplicates: NearDuplicates | None = None
     series: Series | None = None
     relations: tuple[Relation, ...] = ()
+    outliers: tuple[Outliers, ...] = ()
     domain: tuple[DomainRule, ...] = ()
     contributors: Contributors | None = None
     false_alarm: float = 1e-3
@@ -113,6 +116,9 @@ class Schema:
             if relation.op not in get_args(Operator):
                 raise SchemaError(f"[Schema] relations[{i}].op must be an operator but is {relation.op!r}")
 
+        for i, limit in enumerate(self.outliers):
+            _refuse_outliers(f"outliers[{i}]", limit)
+
     @property
     def has_text(self) -> bool:
         """Whether rules of text are among the fields."""
@@ -126,6 +132,7 @@ class Schema:
         quantiles: tuple[float, float] = (0.001, 0.999),
         margin: float = 1.0,
         false_alarm: float = 1e-3,
+        detector: Any = None,
         name: str = "schema",
         version: str = "1",
     ) -> "Schema":
@@ -141,6 +148,8 @@ class Schema:
             quantiles: Lower and upper quantile of the tests.
             margin: How far hard limits lie outside of the values seen, in their range (largest minus least).
             false_alarm: Of the tests.
+            detector: A detector of ``outliers``, to be fitted here: to one half of the rows, all floating columns
+                together. Limits come from its scores of the other half. ``save`` writes it beside the schema.
             name: Name of the schema.
             version: Version of the schema.
 
@@ -171,7 +180,12 @@ class Schema:
         if not batch.rows:
             raise ValueError("[Schema.infer] data must have rows but have none")
         fields = infer_fields(batch, quantiles, margin)
-        return cls(name=name, version=version, fields=fields, extra=False, false_alarm=false_alarm)
+        outliers: tuple[Outliers, ...] = ()
+        if detector is not None:
+            from .detectors import infer_outliers
+
+            outliers = infer_outliers(batch, LABELS, detector, high)
+        return cls(name=name, version=version, fields=fields, extra=False, outliers=outliers, false_alarm=false_alarm)
 
     @classmethod
     def from_json(cls, text: str) -> "Schema":
@@ -199,26 +213,35 @@ class Schema:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Schema":
-        """Read a schema from a JSON file.
+        """Read a schema from a JSON file, and the detectors that it names from beside it.
 
         Raises:
-            SchemaError: The file holds no schema.
+            SchemaError: The file holds no schema, or a detector is not there or not the one that it names.
             OSError: It cannot be read.
         """
         size = Path(path).stat().st_size
         if size > _MOST_BYTES:
             raise SchemaError(f"[Schema] {path} must have at most {_MOST_BYTES} bytes but has {size}")
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            schema = cls.from_json(Path(path).read_text(encoding="utf-8"))
         except UnicodeDecodeError as e:
             raise SchemaError(f"[Schema] {path} must be UTF-8 but is not: {e}") from None
+        if schema.outliers:
+            from .detectors import load_beside
+
+            load_beside(schema.outliers, Path(path).parent)
+        return schema
 
     def to_json(self) -> str:
         """Return the schema as JSON, what has its default left out."""
         return json.dumps({"format": FORMAT, **to_plain(self)}, indent=1, allow_nan=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the schema to a JSON file, whole or not at all."""
+        """Write the schema to a JSON file, whole or not at all, and before it its detectors beside it."""
+        if self.outliers:
+            from .detectors import save_beside
+
+            save_beside(self.outliers, Path(path).parent)
         part = Path(path).with_name(Path(path).name + ".part")
         part.write_text(self.to_json() + "\n", encoding="utf-8")
         part.replace(path)
@@ -360,6 +383,16 @@ def _refuse_field(name: str, rule: Field) -> None:
             re.compile(rule.pattern)
         except re.error as e:
             raise SchemaError(f"[Schema] fields.{name}.pattern must be a regular expression but {e}") from None
+
+
+def _refuse_outliers(where: str, rule: Outliers) -> None:
+    _refuse_share(f"{where}.share", rule.share)
+    if not rule.fields:
+        raise SchemaError(f"[Schema] {where}.fields must name a field but is empty")
+    if not math.isfinite(rule.limit):
+        raise SchemaError(f"[Schema] {where}.limit must be finite but is {rule.limit}")
+    if rule.trusted is not None and not 0 < rule.trusted[1] <= rule.trusted[0]:
+        raise SchemaError(f"[Schema] {where}.trusted must be rows and how many of them but is {list(rule.trusted)}")
 
 
 def _refuse_share(where: str, share: float | None) -> None:

@@ -134,7 +134,7 @@ def find(
         )
         if usual.shape[1] != x.shape[1]:
             raise ValueError(f"--reference must have the {x.shape[1]} columns of FILE but has {usual.shape[1]}")
-        model = _unfitted(detector, contamination, seed, new_rows=reference is not None or save_to is not None)
+        model = unfitted(detector, contamination, seed, new_rows=reference is not None or save_to is not None)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", r"\[LOF\] rows must")  # infinite scores are seen in the table
             model.fit(usual)
@@ -230,7 +230,8 @@ def _read(path: Path, columns: list[str] | None) -> tuple[list[str], Floats]:
     return names, x
 
 
-def _unfitted(name: str, contamination: float | None, seed: int, *, new_rows: bool) -> Any:
+def unfitted(name: str, contamination: float | None, seed: int, *, new_rows: bool) -> Any:
+    """A detector by its name."""
     if name not in _DETECTORS:
         raise ValueError(f"--detector must be one of {', '.join(DETECTORS)} but is {name}")
     model = _DETECTORS[name](seed)
