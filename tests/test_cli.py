@@ -8,7 +8,7 @@ import mlx_bulwark as bw
 import pytest
 from mlx_bulwark.cli import main
 
-QUICK = ["--epsilon", "0.5", "--steps", "4", "--batch-size", "64"]
+QUICK = ["--epsilon", "0.5", "--steps", "4", "--batch-size", "64", "--only", "private"]
 
 
 def run(monkeypatch, *arguments):
@@ -28,7 +28,18 @@ def test_help(monkeypatch, capsys):
     assert "demo" in capsys.readouterr().out
     assert run(monkeypatch, "demo", "--help") == 0
     text = capsys.readouterr().out
-    for option in ("--epsilon", "--delta", "--steps", "--batch-size", "--data", "--seed", "--out", "--json"):
+    for option in (
+        "--epsilon",
+        "--delta",
+        "--steps",
+        "--batch-size",
+        "--data",
+        "--seed",
+        "--out",
+        "--json",
+        "--only",
+        "--skip",
+    ):
         assert option in text
     assert "operating system" in text
 
@@ -123,7 +134,7 @@ def test_extras_are_not_imported_with_the_package():
 )
 def test_interrupt(tmp_path, seen, steps_taken):
     file = tmp_path / "figures.json"
-    arguments = ["demo", "--steps", "5000", "--epsilon", "1", "--out", tmp_path, "--json", file]
+    arguments = ["demo", "--steps", "5000", "--epsilon", "1", "--out", tmp_path, "--json", file, "--only", "private"]
     command = [sys.executable, "-m", "mlx_bulwark.cli", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         shown = b""

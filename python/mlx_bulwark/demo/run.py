@@ -1,115 +1,60 @@
-"""The run itself: both models, step by step side by side."""
+"""The run: one stage of the defence after the other."""
 
-import math
-import statistics
-import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from typing import NamedTuple
 
-import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
-import numpy as np
-from tqdm import tqdm
-
-from ..privacy import Batch, PrivacyEngine, compute_epsilon
-from ..privacy.taps import named_arrays
-from .data import DATASETS, Array, Split, load
+from .data import DATASETS, Split, load
 from .figures import Figures
-from .model import CNN, accuracy, loss_fn
-from .progress import Stop, stoppable, waiting
-
-# Found by trial at epsilon 3. A clipped gradient is at most 0.1 long, hence the large learning rate.
-MAX_GRAD_NORM = 0.1
-LEARNING_RATE = 3.0
-NONPRIVATE_LEARNING_RATE = 0.05
-MOMENTUM = 0.9
-
-POINTS = 20  # of the curves: accounting by PLD takes as long as a step
-EPSILON_LIMIT = 20.0  # e^20: beyond it the guarantee says nothing, and the accounting takes minutes
-DELTA_LIMITS = (1e-12, 0.1)
-SEED_LIMIT = 2**32
-NORM_EDGES = np.logspace(-6, 4, 81)
+from .options import DemoOptions, OptionError
+from .progress import stoppable, waiting
+from .stage import Outcome, Scene
+from .stage_attack import attack
+from .stage_certify import certify
+from .stage_check import check
+from .stage_poison import poison
+from .stage_private import private
 
 
-class OptionError(ValueError):
-    """An option has a value that cannot be used."""
+class Stage(NamedTuple):
+    """One layer of the defence."""
+
+    title: str
+    reason: str
+    run: Callable[[Scene], Outcome]
 
 
-@dataclass(frozen=True)
-class DemoOptions:
-    """What a person can choose; the fields are the options of ``mlx-bulwark demo``."""
-
-    epsilon: float = 3.0
-    delta: float = 1e-5
-    steps: int = 100
-    batch_size: int = 256
-    data: str = "digits"
-    seed: int = 0
-    out: Path = Path("bulwark-demo")
-    json: Path | None = None
-
-    def check(self) -> None:
-        """Refuse what cannot be used, and make the folders of the output.
-
-        Raises:
-            OptionError: a value is out of range, or a folder cannot be written.
-        """
-        low, high = DELTA_LIMITS
-        if not 0 < self.epsilon <= EPSILON_LIMIT:
-            raise OptionError(f"--epsilon must be above 0 and at most {EPSILON_LIMIT:g} but is {self.epsilon:g}")
-        if not low <= self.delta <= high:
-            raise OptionError(f"--delta must be from {low:g} to {high:g} but is {self.delta:g}")
-        if self.steps < 1:
-            raise OptionError(f"--steps must be at least 1 but is {self.steps}")
-        if self.batch_size < 1:
-            raise OptionError(f"--batch-size must be at least 1 but is {self.batch_size}")
-        if self.data not in DATASETS:
-            raise OptionError(f"--data must be one of {', '.join(DATASETS)} but is {self.data!r}")
-        if not 0 <= self.seed < SEED_LIMIT:
-            raise OptionError(f"--seed must be from 0 to {SEED_LIMIT - 1} but is {self.seed}")
-        _check_folder("--out", self.out)
-        if self.json is not None:
-            if self.json.is_dir():
-                raise OptionError(f"--json must name a file but {self.json} is a folder")
-            _check_folder("--json", self.json.parent)
-
-
-def _check_folder(option: str, folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as e:
-        raise OptionError(f"{option} must be writable but {folder} is not: {e.strerror}") from e
-
-
-@dataclass
-class _Record:
-    """What both models did so far."""
-
-    private_seconds: list[float] = field(default_factory=list)
-    nonprivate_seconds: list[float] = field(default_factory=list)
-    norm_counts: Array = field(default_factory=lambda: np.zeros(len(NORM_EDGES) - 1, np.int64))
-    examples: int = 0
-    clipped: int = 0
-    refused: int = 0
-    loss: float | None = None
-
-    def add(self, losses: mx.array, norms: Array, refused: int) -> None:
-        """Add what the examples of one physical batch showed."""
-        self.examples += len(norms)
-        self.refused += refused
-        self.clipped += int((norms > MAX_GRAD_NORM).sum())
-        finite = norms[np.isfinite(norms)]
-        self.norm_counts += np.histogram(finite.clip(NORM_EDGES[0], NORM_EDGES[-1]), NORM_EDGES)[0]
-        if len(norms):
-            self.loss = float(np.array(losses).sum()) / len(norms)
+STAGES = {
+    "check": Stage(
+        "Check the data, and write down what they are",
+        "what trains a model decides what it does: broken rows are refused, changed files are known by their digest",
+        check,
+    ),
+    "poison": Stage(
+        "Poison them, as an attacker would",
+        "a backdoor hides where tests do not look: all is well, until an image bears the attacker's patch",
+        poison,
+    ),
+    "private": Stage(
+        "Train privately",
+        "a model remembers what it was trained on: noise bounds what any one image can have left in it",
+        private,
+    ),
+    "certify": Stage(
+        "Certify answers",
+        "a proof and no trial: no change of the image within the radius, by any attack, changes the answer",
+        certify,
+    ),
+    "attack": Stage(
+        "Attack the models",
+        "robustness that nobody attacked is a guess: gradients look for the worst image near each test image",
+        attack,
+    ),
+}
 
 
 def run_demo(options: DemoOptions, say: Callable[[str], None]) -> Figures:
-    """Train one model privately and one without privacy, on the same batches.
+    """Defend a small network for handwritten digits, layer by layer, and attack it beside.
 
     Args:
         options: what to run.
@@ -125,12 +70,13 @@ def run_demo(options: DemoOptions, say: Callable[[str], None]) -> Figures:
         >>> import tempfile
         >>> from pathlib import Path
         >>> from mlx_bulwark.demo import DemoOptions, run_demo
-        >>> figures = run_demo(DemoOptions(steps=2, out=Path(tempfile.mkdtemp())), say=lambda line: None)
+        >>> options = DemoOptions(steps=2, out=Path(tempfile.mkdtemp()), only=("private",))
+        >>> figures = run_demo(options, say=lambda line: None)
         >>> figures.steps, figures.epsilon <= 3.0
         (2, True)
 
     Source:
-        Abadi et al. 2016 (arXiv:1607.00133).
+        Abadi et al. 2016 (arXiv:1607.00133); the other stages' sources stand with the functions that they call.
     """
     options.check()
     began = time.perf_counter()
@@ -146,13 +92,27 @@ def run_demo(options: DemoOptions, say: Callable[[str], None]) -> Figures:
         with stoppable() as stop:
             split = _load(options, figures, say)
             stop.check()
-            engine = _calibrate(options, figures, say)
-            stop.check()
-            _train(engine, options, split, figures, stop)
+            scene = Scene(options, split, figures, stop, say)
+            for number, name in enumerate(options.stages, 1):
+                _run_stage(name, f"[{number}/{len(options.stages)}]", scene)
     except KeyboardInterrupt:
         figures.interrupted = True
     figures.seconds = time.perf_counter() - began
     return figures
+
+
+def _run_stage(name: str, number: str, scene: Scene) -> None:
+    stage, began = STAGES[name], time.perf_counter()
+    scene.say(f"\n{number} {stage.title}")
+    scene.tell("why", stage.reason)
+    outcome = stage.run(scene)
+    scene.stop.held = False
+    scene.stop.check()
+    seconds = time.perf_counter() - began
+    summary = {"what": outcome.what, "without": outcome.without, "defended": outcome.defended}
+    told = {"title": stage.title, "reason": stage.reason, "seconds": seconds, **summary}
+    scene.figures.stages[name] = told | {"figures": outcome.figures}
+    scene.tell("seconds", f"{seconds:.1f}")
 
 
 def _load(options: DemoOptions, figures: Figures, say: Callable[[str], None]) -> Split:
@@ -168,141 +128,3 @@ def _load(options: DemoOptions, figures: Figures, say: Callable[[str], None]) ->
     if options.delta >= 1 / N:
         say(f"warning    delta {options.delta:g} is not below 1/{N}: publishing one image whole would satisfy it")
     return split
-
-
-def _calibrate(options: DemoOptions, figures: Figures, say: Callable[[str], None]) -> PrivacyEngine:
-    assert figures.train_examples is not None
-    began = time.perf_counter()
-    with waiting(f"Finding the noise for epsilon {options.epsilon:g} after {options.steps} steps"):
-        engine = PrivacyEngine.for_epsilon(
-            options.epsilon,
-            options.delta,
-            figures.train_examples,
-            steps=options.steps,
-            batch_size=options.batch_size,
-            max_grad_norm=MAX_GRAD_NORM,
-        )
-    figures.calibration_seconds = time.perf_counter() - began
-    figures.noise_multiplier, figures.max_grad_norm = engine.noise_multiplier, engine.max_grad_norm
-    figures.sample_rate, figures.accountant = engine.sample_rate, engine.accountant
-    figures.clipping = str(engine.clipping)
-    say(
-        f"noise      multiplier {engine.noise_multiplier:.3f}, for epsilon {options.epsilon:g} at delta "
-        f"{options.delta:g} after {options.steps} steps (found in {figures.calibration_seconds:.1f} s)"
-    )
-    return engine
-
-
-def _train(engine: PrivacyEngine, options: DemoOptions, split: Split, figures: Figures, stop: Stop) -> None:
-    record = _Record()
-    private, plain = (_model(options, split) for _ in range(2))
-    figures.parameters = sum(p.size for _, p in named_arrays(private.trainable_parameters()))
-    figures.learning_rate = LEARNING_RATE * min(2.0, math.sqrt(100 / options.steps))  # fewer steps have to go further
-    figures.nonprivate_learning_rate = NONPRIVATE_LEARNING_RATE
-    private_step = _private_step(engine, private, figures.learning_rate, options.steps, record)
-    plain_step = _plain_step(engine, plain, options.steps, record)
-    batches = engine.batches((split.images, split.labels))
-    figures.microbatch_size = batches.microbatch_size
-    stretch = math.ceil(options.steps / POINTS)
-
-    def measure() -> None:
-        shares = [accuracy(m, split.test_images, split.test_labels) for m in (private, plain)]
-        figures.add_point(engine.steps, engine.epsilon(), *shares)
-
-    def bound() -> float:
-        """Epsilon at the end of the stretch that begins: at least what is spent within it."""
-        ahead = min(options.steps, engine.steps + stretch)
-        return compute_epsilon(engine.noise_multiplier, engine.sample_rate, ahead, options.delta, engine.accountant)
-
-    stop.held = True
-    with tqdm(total=options.steps, desc="Training", unit="step", dynamic_ncols=True) as bar:
-        measure()
-        epsilon = bound()
-        try:
-            for batch in batches:
-                stop.check()
-                private_step(batch)
-                plain_step(batch)
-                rate = record.examples / sum(record.private_seconds)
-                spent = f"loss {record.loss or 0:.2f}, epsilon <= {epsilon:.2f}, {rate:,.0f} examples/s"
-                bar.set_postfix_str(spent, refresh=False)
-                if not batch.last:
-                    continue
-                bar.update()
-                if engine.steps % stretch == 0 and engine.steps < options.steps:
-                    measure()
-                    epsilon = bound()
-            stop.check()
-        finally:
-            _conclude(figures, record, engine)
-            if figures.curve["step"][-1] < engine.steps:
-                measure()
-
-
-def _model(options: DemoOptions, split: Split) -> nn.Module:
-    mx.random.seed(options.seed)
-    dataset = DATASETS[options.data]
-    return CNN(split.side, dataset.channels, dataset.kernel_size, dataset.stride)
-
-
-def _private_step(
-    engine: PrivacyEngine, model: nn.Module, learning_rate: float, steps: int, record: _Record
-) -> Callable[[Batch], None]:
-    schedule = optim.cosine_decay(learning_rate, steps)
-    optimizer = engine.wrap(optim.SGD(schedule, momentum=MOMENTUM))
-    loss_and_grad = engine.value_and_grad(model, loss_fn)
-
-    def step(batch: Batch) -> None:
-        began = time.perf_counter()
-        losses, gradients = loss_and_grad(model, batch)
-        optimizer.update(model, gradients)
-        mx.eval(losses, model.parameters(), optimizer.state, engine.state)
-        record.private_seconds.append(time.perf_counter() - began)
-        norms = np.array(gradients.norms)[np.array(batch.mask)]
-        record.add(losses, norms, int(np.array(gradients.num_refused)))
-
-    return step
-
-
-def _plain_step(engine: PrivacyEngine, model: nn.Module, steps: int, record: _Record) -> Callable[[Batch], None]:
-    """Ordinary training on the same rows: padding is masked out here too, so that both sides do the same work.
-
-    The rare second physical batch of one draw is a small step of its own.
-    """
-    optimizer = optim.SGD(optim.cosine_decay(NONPRIVATE_LEARNING_RATE, steps), momentum=MOMENTUM)
-
-    def mean_loss(model: nn.Module, images: mx.array, labels: mx.array, mask: mx.array) -> mx.array:
-        return (loss_fn(model, images, labels) * mask).sum() / engine.expected_batch_size
-
-    loss_and_grad = nn.value_and_grad(model, mean_loss)
-
-    def step(batch: Batch) -> None:
-        began = time.perf_counter()
-        loss, gradients = loss_and_grad(model, *batch.data, batch.mask)
-        optimizer.update(model, gradients)
-        mx.eval(loss, model.parameters(), optimizer.state)
-        record.nonprivate_seconds.append(time.perf_counter() - began)
-
-    return step
-
-
-def _conclude(figures: Figures, record: _Record, engine: PrivacyEngine) -> None:
-    figures.steps, figures.epsilon = engine.steps, engine.epsilon()
-    figures.loss, figures.refused_examples = record.loss, record.refused
-    if not record.examples or not record.nonprivate_seconds:
-        return
-    private, plain = (_median(s) for s in (record.private_seconds, record.nonprivate_seconds))
-    figures.private_step_seconds, figures.nonprivate_step_seconds = private, plain
-    figures.private_over_nonprivate = private / plain
-    figures.clip_fraction = record.clipped / record.examples
-    figures.mean_batch_size = record.examples / figures.steps
-    figures.examples_per_second = record.examples / sum(record.private_seconds)
-    seen = np.flatnonzero(record.norm_counts)
-    bins = slice(seen[0], seen[-1] + 1)
-    figures.norm_edges = NORM_EDGES[bins.start : bins.stop + 1].tolist()
-    figures.norm_counts = record.norm_counts[bins].tolist()
-
-
-def _median(seconds: list[float]) -> float:
-    """Of all steps but the first, which warms caches up."""
-    return statistics.median(seconds[1:] or seconds)

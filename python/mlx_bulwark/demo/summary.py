@@ -8,18 +8,42 @@ from rich.table import Table
 from .figures import Figures
 
 NOT_COVERED = (
-    "* Not covered by epsilon: loss, gradient norms, times, all about the model without privacy, nor that the "
-    "default hyperparameters were once tuned on this data. Test images are held out and never trained on."
+    "* Not covered by epsilon: loss, gradient norms, times, all about the models without privacy, which the other "
+    "stages train too, nor that the default hyperparameters were once tuned on this data. Test images are held out and "
+    "never trained on."
 )
+
+
+def say(line: str) -> None:
+    """Print a line of a running demo."""
+    heading = line.lstrip().startswith("[")
+    Console(highlight=False, markup=False).print(line, style="bold" if heading else None, soft_wrap=True)
 
 
 def tell(figures: Figures) -> None:
     """Print the figures, how they were taken and what they mean."""
     console = Console(highlight=False, markup=False)
     console.print()
+    if figures.stages:
+        console.print(_stages(figures))
+        console.print()
+    if figures.max_grad_norm is None and not figures.interrupted:
+        return
     console.print(_table(figures))
     for paragraph in (_how_timed(), _guarantee(figures), NOT_COVERED):
         console.print(f"{paragraph}\n")
+
+
+def _stages(figures: Figures) -> Table:
+    """One line a stage."""
+    result = Table(title=f"{figures.dataset}: the layers, in {figures.seconds or 0:.0f} s", title_justify="left")
+    for name in ("stage", "figure"):
+        result.add_column(name)
+    for name in ("without", "defended", "seconds"):
+        result.add_column(name, justify="right")
+    for name, stage in figures.stages.items():
+        result.add_row(name, stage["what"], stage["without"], stage["defended"], f"{stage['seconds']:.1f}")
+    return result
 
 
 def _table(figures: Figures) -> Table:

@@ -16,8 +16,9 @@ from ..privacy.accounting import ADJACENCY
 from .data import DATASETS, Split, load
 from .figures import _backend, _versions
 from .model import accuracy
+from .options import DemoOptions, OptionError
+from .private import LEARNING_RATE, MAX_GRAD_NORM, _model, _plain_step, _private_step, _Record
 from .progress import Stop, stoppable
-from .run import LEARNING_RATE, MAX_GRAD_NORM, DemoOptions, OptionError, _model, _plain_step, _private_step, _Record
 
 NOTE = (
     "Accuracies are of held-out images and not covered by epsilon. Every training is one of its own: all of them "
