@@ -1,6 +1,7 @@
 """Control charts: what they share. A chart looks at one value after the other and says when it is out of control."""
 
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -8,7 +9,10 @@ from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 
+from .plot import Panel, draw
+
 Array = np.ndarray[Any, np.dtype[Any]]
+
 Self = TypeVar("Self", bound="Chart")
 
 NOT_FINITE = "not finite"
@@ -151,6 +155,28 @@ class Chart(ABC):
         if not isinstance(chart, cls):
             raise ValueError(f"[{cls.__name__}.from_state] state must be of a {cls.__name__} but is of a {chart.kind}")
         return chart
+
+    def plot(self, values: Any, path: str | os.PathLike[str] | None = None, *, title: str = "") -> str | None:
+        """Draw what a fresh chart makes of values: points, centre, limits, and what is out of control.
+
+        Args:
+            values: What ``update_many`` takes, oldest first.
+            path: SVG or PNG file, by its suffix.
+            title: Words above the picture; by default the chart's kind.
+
+        Returns:
+            str | None: The text of an SVG; None where a file was written.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            ValueError: The values are none, or the path has another suffix.
+            OSError: The file cannot be written.
+        """
+        return draw(self.fresh()._panels(values), title or self.kind, path)
+
+    @abstractmethod
+    def _panels(self, values: Any) -> list[Panel]:
+        """What is drawn of values that this chart, which is a fresh one, goes through."""
 
     def fresh(self: Self) -> Self:
         """Return a chart of the same parameters that has seen nothing."""

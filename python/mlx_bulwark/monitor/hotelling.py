@@ -6,7 +6,8 @@ from typing import Any, TypeVar
 import numpy as np
 from scipy import linalg, stats
 
-from .charts import Array, Chart, Signal
+from .charts import NOT_FINITE, Array, Chart, Signal
+from .plot import Panel
 from .proportions import THREE_SIGMA
 
 Self = TypeVar("Self", bound="HotellingT2")
@@ -199,6 +200,13 @@ class HotellingT2(Chart):
             distances = np.nan_to_num(np.abs(pulled) / np.sqrt((half * half).sum(axis=0)), nan=0.0)
         coordinate = int(np.argmax(distances))
         return coordinate, float(distances[coordinate])
+
+    def _panels(self, values: Any) -> list[Panel]:
+        x = self._vectors(values)
+        signals = self.update_many(x)
+        marks = [(s.index, s.value) for s in signals if s.rule != NOT_FINITE and np.isfinite(s.value)]
+        missing = [s.index for s in signals if s.rule == NOT_FINITE]
+        return [Panel("T2", {"T2": self.statistic(x)}, None, None, np.full(len(x), self.limit), marks, missing)]
 
     def _parameters(self) -> dict[str, Any]:
         return {

@@ -8,7 +8,8 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 
 from .baseline import Estimator, estimate
-from .charts import FORMAT, Array, Chart, finite, positive
+from .charts import FORMAT, NOT_FINITE, Array, Chart, Signal, finite, positive
+from .plot import Panel
 
 Self = TypeVar("Self", bound="LocationChart")
 
@@ -21,6 +22,8 @@ class LocationChart(Chart):
     """Chart of single numbers that come from a process with a centre and a sigma."""
 
     bits: ClassVar[tuple[str, ...]]  # what each bit of a flag says, the lowest first
+    curves: ClassVar[tuple[str, ...]] = ("value",)  # of the picture
+    label: ClassVar[str] = "value"
 
     def __init__(self, center: float, sigma: float) -> None:
         super().__init__()
@@ -71,6 +74,29 @@ class LocationChart(Chart):
             ([2], [1], ('cusum above',))
         """
         return Streams(self.fresh(), number, center, sigma)
+
+    def _panels(self, values: Any) -> list[Panel]:
+        x = self._numbers(values)
+        rows, signals = [], []
+        for value in x.tolist():
+            signals.append(self.update(value))
+            rows.append(self._drawn(value, signals[-1]))
+        told = np.array(rows, np.float64).reshape(len(x), 2 + len(self.curves))
+        curves = {name: told[:, i] for i, name in enumerate(self.curves)}
+        missing = [s.index for s in signals if s and s.rule == NOT_FINITE]
+        told[missing] = np.nan
+        marks = [(o.index, self._height(o)) for s in signals if s and s.rule != NOT_FINITE for o in (s, *s.others)]
+        return [Panel(self.label, curves, self._middle(), told[:, -2], told[:, -1], sorted(set(marks)), missing)]
+
+    @abstractmethod
+    def _drawn(self, value: float, signal: Signal | None) -> tuple[float, ...]:
+        """Heights of the curves after this value, and the limits below and above."""
+
+    def _height(self, signal: Signal) -> float:
+        return signal.value
+
+    def _middle(self) -> float:
+        return self.center
 
     @abstractmethod
     def _begin(self, streams: int) -> Memory:

@@ -7,7 +7,8 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 from scipy import stats
 
-from .charts import Array, Chart, Signal, joined
+from .charts import NOT_FINITE, Array, Chart, Signal, joined
+from .plot import Panel
 from .sequential import Sides
 
 Method = Literal["exact", "normal"]
@@ -219,6 +220,20 @@ class PChart(Chart):
         message = f"value {index} is {share:.4g} ({right:.0f} of {size:.0f}): {side} the limit of {limit:.4g}"
         return [Signal(self.kind, f"binomial {side}", index, share, limit, 1, message, side=side)]
 
+    def _panels(self, values: Any) -> list[Panel]:
+        counts = _pairs("PChart.plot", values)
+        signals = self.update_many(counts)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            share = counts[:, 0] / counts[:, 1]
+        limits = [
+            self.limits(int(n)) if np.isfinite(v) else (np.nan, np.nan)
+            for v, n in zip(share, counts[:, 1], strict=True)
+        ]
+        lower, upper = np.array(limits, np.float64).reshape(-1, 2).T
+        marks = [(s.index, s.value) for s in signals if s.rule != NOT_FINITE]
+        missing = [s.index for s in signals if s.rule == NOT_FINITE]
+        return [Panel("share", {"share": share}, self.p, lower, upper, marks, missing)]
+
     def _parameters(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("p", "false_alarm_rate", "method", "sides")}
 
@@ -358,6 +373,20 @@ class ClassChart(Chart):
         return Signal(
             self.kind, f"{what} {signal.side}", index, signal.value, signal.limit, 1, message, side=signal.side
         )
+
+    def _panels(self, values: Any) -> list[Panel]:
+        counts = _matrices("ClassChart.plot", values, len(self.names))
+        signals = [o for s in self.update_many(counts) for o in (s, *s.others)]
+        missing = [s.index for s in signals if s.rule == NOT_FINITE]
+        right = np.diagonal(counts, axis1=1, axis2=2)
+        panels = []
+        for metric, axis in (("recall", 2), ("precision", 1)):
+            with np.errstate(invalid="ignore", divide="ignore"):
+                shares = right / counts.sum(axis=axis)
+            curves = {f"class {self.names[i]}": shares[:, i] for m, i in self._charts if m == metric}
+            marks = [(s.index, s.value) for s in signals if s.rule.startswith(metric)]
+            panels.append(Panel(metric, curves, marks=marks, missing=missing))
+        return panels
 
     def _parameters(self) -> dict[str, Any]:
         return {

@@ -48,6 +48,8 @@ class CUSUM(LocationChart):
     """
 
     kind = "CUSUM"
+    curves = ("sum above", "sum below")
+    label = "sum of deviations, sigma"
     bits = ("cusum above", "cusum below", NOT_FINITE)
 
     def __init__(
@@ -130,6 +132,19 @@ class CUSUM(LocationChart):
         rule = f"cusum {side}"
         return Signal(self.kind, rule, index, x, self.h, points, message, statistic=total, side=side)
 
+    def _drawn(self, value: float, signal: Signal | None) -> tuple[float, ...]:
+        sums = {"above": self._up, "below": self._down}
+        if signal is not None and signal.statistic is not None:  # from before the restart
+            sums |= {str(s.side): s.statistic for s in (signal, *signal.others) if s.statistic is not None}
+        low, high = -self.h if self.sides != "above" else np.nan, self.h if self.sides != "below" else np.nan
+        return sums["above"], -sums["below"], low, high
+
+    def _height(self, signal: Signal) -> float:
+        return (signal.statistic or 0.0) * (1 if signal.side == "above" else -1)
+
+    def _middle(self) -> float:
+        return 0.0
+
     def _begin(self, streams: int) -> Memory:
         return {"up": np.full(streams, self.head_start * self.h), "down": np.full(streams, self.head_start * self.h)}
 
@@ -203,6 +218,7 @@ class EWMA(LocationChart):
     """
 
     kind = "EWMA"
+    curves = ("moving average", "value")
     bits = ("ewma above", "ewma below", NOT_FINITE)
 
     def __init__(
@@ -273,6 +289,18 @@ class EWMA(LocationChart):
             f"({self.limit:g} sigma)"
         )
         return Signal(self.kind, f"ewma {side}", index, x, limit, points, message, statistic=statistic, side=side)
+
+    def _drawn(self, value: float, signal: Signal | None) -> tuple[float, ...]:
+        average = self.center + self.sigma * self._average
+        width = self.sigma * self.limit * math.sqrt(self._variance * (1.0 - self._missing))
+        if signal is not None and signal.statistic is not None and signal.limit is not None:  # before the restart
+            average, width = signal.statistic, abs(signal.limit - self.center)
+        low = self.center - width if self.sides != "above" else math.nan
+        high = self.center + width if self.sides != "below" else math.nan
+        return average, value, low, high
+
+    def _height(self, signal: Signal) -> float:
+        return signal.statistic or 0.0
 
     def _begin(self, streams: int) -> Memory:
         return {"average": np.zeros(streams), "missing": np.full(streams, 1.0 if self.exact else 0.0)}

@@ -162,6 +162,9 @@ class Shewhart(LocationChart):
         self._history, self._last = memory["history"][:, 0].tolist(), float(memory["last"][0])
         return signals
 
+    def _drawn(self, value: float, signal: Signal | None) -> tuple[float, ...]:
+        return value, self.center - self.limit * self.sigma, self.center + self.limit * self.sigma
+
     def _begin(self, streams: int) -> Memory:
         return {"history": np.zeros((9, streams), np.uint16), "last": np.full(streams, np.nan)}
 
