@@ -10,6 +10,7 @@ import random
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 from mlx_bulwark.monitor import Alert, Cooldown, DeliveryError, FileSink, Outbox, State
@@ -70,19 +71,21 @@ def child(folder, seed, alerts):
     state.close()
 
 
-def main(folder, seed, alerts, most):
-    folder, seed, alerts, most = Path(folder), int(seed), int(alerts), float(most) * 1e-6
+def killed(child, seed, most):
+    """Run ``child(seed)`` in forks that are killed within ``most`` seconds, until one ends by itself; 0 kills none."""
     moments, kills, began = random.Random(seed), 0, time.monotonic()
     while time.monotonic() - began < DEADLINE:
         pid = os.fork()
         if pid == 0:
             status = 1
             try:
-                child(folder, seed * 1000 + kills, alerts)
+                child(seed * 1000 + kills)
                 status = 0
             finally:
+                if status:
+                    traceback.print_exc()
                 os._exit(status)
-        until, status = time.monotonic() + moments.uniform(0, most), None
+        until, status = time.monotonic() + (moments.uniform(0, most) if most else DEADLINE), None
         while status is None and time.monotonic() < until:
             ended, found = os.waitpid(pid, os.WNOHANG)
             status = found if ended else None
@@ -96,9 +99,10 @@ def main(folder, seed, alerts, most):
         if not os.WIFSIGNALED(status):
             raise SystemExit("a child failed")
         kills += 1
-        most *= 1.02  # so that it ends also on a slow machine
+        most *= 1.05  # so that it ends also on a slow machine
     raise SystemExit("it did not end")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    folder, seed, alerts, most = sys.argv[1:]
+    killed(lambda seed: child(Path(folder), seed, int(alerts)), int(seed), float(most) * 1e-6)

@@ -5,10 +5,12 @@ from .baseline import Estimate, estimate
 from .charts import Chart, Signal
 from .hotelling import HotellingT2
 from .location import LocationChart, Streams, Violations
+from .monitor import Monitor
 from .proportions import ClassChart, PChart, confusion_matrix
 from .reference import Baseline
 from .schedule import Schedule
 from .sequential import CUSUM, EWMA
+from .series import change_point
 from .shewhart import NELSON, Shewhart, WesternElectric
 from .sinks import DeliveryError, FileSink, LoggingSink, Outbox, PrometheusSink, Sink, WebhookSink, verify_webhook
 from .state import State, StateError
@@ -30,6 +32,7 @@ __all__ = [
     "HotellingT2",
     "LocationChart",
     "LoggingSink",
+    "Monitor",
     "Outbox",
     "PChart",
     "PrometheusSink",
@@ -45,6 +48,7 @@ __all__ = [
     "WebhookSink",
     "WesternElectric",
     "WindowTest",
+    "change_point",
     "confusion_matrix",
     "estimate",
     "verify_webhook",

@@ -1,5 +1,6 @@
 """What a monitor sees of a model at work: predictions, confidences, and rows of few numbers that stand for the rest."""
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +30,8 @@ class Observation(NamedTuple):
 
 def observe(output: mx.array, outputs: Outputs) -> Observation:
     """Read an output ``[..., classes]``, all rows at once; the output stays as it is."""
+    if not output.size:
+        return Observation(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool))
     rows = output.reshape(-1, output.shape[-1])
     if rows.dtype != mx.float32:
         rows = rows.astype(mx.float32)
@@ -61,7 +64,7 @@ def numbers(x: Any) -> Array:
     if isinstance(x, mx.array):
         x = np.array(x.astype(mx.float32))
     x = np.asarray(x, np.float32)
-    flat: Array = x.reshape(len(x), -1)
+    flat: Array = x.reshape(len(x), math.prod(x.shape[1:]))
     return flat
 
 

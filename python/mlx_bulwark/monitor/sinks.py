@@ -347,8 +347,11 @@ class Outbox:
         self.state, self.sinks, self.cooldown = state, list(sinks), cooldown or Cooldown(clock=clock)
         self._waits, self._clock, self._random = (first_wait, longest_wait), clock, random.Random(seed)
         self._paused: dict[str, tuple[int, float]] = {}  # sink: failures in a row, and when it may be tried
-        if (kept := state.kept().get("cooldown")) is not None:
-            self.cooldown.load(kept)
+        self.load()
+
+    def load(self) -> None:
+        """Take the cool-down from the state file."""
+        self.cooldown.load(self.state.kept().get("cooldown", {"held": []}))
 
     def raise_alerts(self, alerts: Sequence[Alert]) -> int:
         """Write alerts down, but for those that the cool-down holds back; return how many are new.

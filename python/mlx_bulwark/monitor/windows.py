@@ -1,5 +1,6 @@
 """Drift over time: rows of many batches in a window of bounded size, held against a frozen reference."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -131,7 +132,7 @@ class DriftWindow:
             ValueError: They have other columns than the reference.
         """
         new: Array = np.asarray(rows).astype(self.reference.dtype)
-        new = new.reshape(-1) if self.kind == "classes" else new.reshape(len(new), -1)
+        new = new.reshape(-1) if self.kind == "classes" else new.reshape(len(new), math.prod(new.shape[1:]))
         if new.shape[1:] != self.reference.shape[1:]:
             raise ValueError(
                 f"[DriftWindow.add] rows must have {self.reference.shape[1]} columns but have {new.shape[1]}"
