@@ -128,6 +128,11 @@ def test_bad_rows_are_named_by_their_place_in_the_file(tmp_path):
         ("flat.npy", "s.npy", {}, r"must hold numbers of shape \[n, d\] but has shape \[7\]"),
         ("words.npy", "s.npy", {}, r"must hold numbers of shape \[n, d\] but has shape \[2, 1\] and dtype <U1"),
         ("empty.npy", "s.npy", {}, r"must have rows but is empty"),
+        ("cut.npy", "s.npy", {}, r"cut.npy must hold the \d+ bytes that it declares but has \d+"),
+        ("more.npy", "s.npy", {}, r"more.npy must hold the \d+ bytes that it declares but has \d+"),
+        ("objects.npy", "s.npy", {}, r"objects.npy must hold numbers or text but holds Python objects"),
+        ("junk.npy", "s.npy", {}, r"junk.npy cannot be read"),
+        ("header.npy", "s.npy", {}, r"header.npy must have a header of at most 1048576 bytes but declares 4294967295"),
         ("x.npy", "s.npy", {"chunk_rows": 0}, r"chunk_rows must be 1 or more but is 0"),
     ],
 )
@@ -136,6 +141,12 @@ def test_what_cannot_be_scored_is_refused(tmp_path, file, out, options, message)
     np.save(tmp_path / "flat.npy", np.zeros(7))
     np.save(tmp_path / "words.npy", np.array([["a"], ["b"]]))
     np.save(tmp_path / "empty.npy", np.zeros((0, 5)))
+    whole = (tmp_path / "x.npy").read_bytes()
+    (tmp_path / "cut.npy").write_bytes(whole[:-1])
+    (tmp_path / "more.npy").write_bytes(whole + b"0")
+    (tmp_path / "junk.npy").write_bytes(b"junk")
+    (tmp_path / "header.npy").write_bytes(b"\x93NUMPY\x02\x00" + b"\xff" * 100)
+    np.save(tmp_path / "objects.npy", np.array([[None]], object), allow_pickle=True)
     with pytest.raises(ValueError, match=message):
         score_file(ECOD().fit(data.rows(20)), tmp_path / file, tmp_path / out, progress=False, **options)
 

@@ -1,8 +1,11 @@
 """The command mlx-bulwark certify, from the outside."""
 
 import json
+import os
 import re
 import sys
+import warnings
+import zipfile
 
 import matplotlib.image
 import mlx.core as mx
@@ -114,6 +117,8 @@ def test_uniform_noise_bounds_and_targets(folder, monkeypatch, capsys):
         ({"--data": "integers.npz"}, "--data must have floating inputs"),
         ({"--data": "labels.npz"}, r"labels in \[0, 2\)"),
         ({"--data": "objects.npz"}, "--data must be a readable"),
+        ({"--data": "link.npz"}, "must be a file but is a link"),
+        ({"--data": "twice.npz"}, "has some twice"),
         ({"--sigma": -1}, "sigma must"),
         ({"--alpha": 1}, "alpha must"),
         ({"--n": 0}, "n must"),
@@ -127,6 +132,11 @@ def test_options_that_cannot_be_used(folder, monkeypatch, capsys, changes, words
     np.savez("integers.npz", x=np.zeros((3, 1), int), y=np.zeros(3, int))
     np.savez("labels.npz", x=np.zeros((3, 1)), y=np.full(3, 7))
     np.savez("objects.npz", x=np.array([[None]], object), y=np.zeros(1, int))
+    os.symlink("data.npz", "link.npz")
+    with zipfile.ZipFile("twice.npz", "w") as f, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            f.writestr("x.npy", b"")
     options = {**dict(zip(BASE[::2], BASE[1::2], strict=True)), "--sigma": 0.25, **changes}
     assert run(monkeypatch, *(part for item in options.items() for part in item)) == 2
     printed = capsys.readouterr()

@@ -1,5 +1,6 @@
 """The gate: what is checked before an array is trusted, in training and at inference."""
 
+from ..readers import ReadError, read
 from .augmentation import GuardedAugmentation, augmentation
 from .detectors import register as register_detector
 from .domain import rule
@@ -8,7 +9,6 @@ from .frames import to_pandera
 from .inputs import GateCounts, GatedOutput, InputError, InputGate
 from .numerics import LayerNumerics, NumericsReport, probe_numerics
 from .quarantine import Dropped, Quarantine, read_quarantine
-from .readers import ReadError, read
 from .report import GateError, RuleResult, ValidationReport
 from .rules import (
     Contributors,

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..readers import ReadError, read
 from .quarantine import Quarantine
-from .readers import ReadError, read
 from .report import GateError
 from .schema import Schema
 

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..readers import read
 from .drift import Drift, DriftReport
-from .readers import read
 
 
 @dataclass(frozen=True)

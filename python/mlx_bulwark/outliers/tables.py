@@ -1,5 +1,6 @@
 """Tables in files, read a piece at a time: .npy, Parquet, Arrow and CSV."""
 
+import os
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..readers import NpyHeader, ReadError, npy_header, parquet_file
 from ._types import Floats
 
 KINDS = (".npy", ".parquet", ".arrow", ".feather", ".csv")
@@ -49,15 +51,15 @@ def open_table(path: str | Path, columns: list[str] | None = None) -> Table:
 
 class _Npy(Table):
     def __init__(self, path: Path, columns: list[str] | None) -> None:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if array.ndim != 2 or array.dtype.kind not in "fiub":
+        head = _npy_header(path)
+        if len(head.shape) != 2 or head.dtype.kind not in "fiub":
             raise ValueError(
-                f"[score_file] {path} must hold numbers of shape [n, d] but has shape {list(array.shape)} and dtype "
-                f"{array.dtype}"
+                f"[score_file] {path} must hold numbers of shape [n, d] but has shape {list(head.shape)} and dtype "
+                f"{head.dtype}"
             )
-        self.path, self.rows, self.columns = path, array.shape[0], None
-        self._dtype, self._all = array.dtype, array.shape[1]
-        self._start = None if array.flags.f_contiguous and min(array.shape) > 1 else array.offset
+        self.path, self.rows, self.columns = path, head.shape[0], None
+        self._dtype, self._all, self._start = head.dtype, head.shape[1], head.start
+        self._by_column = head.fortran
         self._chosen = None if columns is None else _numbers(path, columns, self._all)
         self.width = self._all if self._chosen is None else len(self._chosen)
 
@@ -66,13 +68,24 @@ class _Npy(Table):
             yield start, self._read(start, min(rows, self.rows - start))
 
     def _read(self, start: int, count: int) -> Floats:
-        if self._start is None:  # column by column in the file
-            x = np.array(np.load(self.path, mmap_mode="r", allow_pickle=False)[start : start + count])
+        if self._by_column:
+            order: Any = {"shape": (self.rows, self._all), "order": "F", "offset": self._start, "mode": "r"}
+            x = np.array(np.memmap(self.path, self._dtype, **order)[start : start + count])
         else:  # not through a memory map, whose pages would count as this process's memory
             place = self._start + start * self._all * self._dtype.itemsize
             x = np.fromfile(self.path, self._dtype, count * self._all, offset=place).reshape(count, self._all)
         x = x if self._chosen is None else x[:, self._chosen]
         return x if x.dtype in (np.float32, np.float64) else x.astype(np.float64)
+
+
+def _npy_header(path: Path) -> NpyHeader:
+    with path.open("rb") as f:
+        try:
+            return npy_header(f, str(path), os.fstat(f.fileno()).st_size)
+        except ReadError:
+            raise
+        except Exception as e:  # NumPy's parser raises anything on hostile input
+            raise ReadError(f"[read] {path} cannot be read: {e}") from e
 
 
 def _numbers(path: Path, columns: list[str], width: int) -> list[int]:
@@ -120,9 +133,7 @@ class _Arrow(Table):
     def _look(self) -> tuple[Any, int]:
         """Names, types and number of rows."""
         if self.path.suffix.lower() == ".parquet":
-            import pyarrow.parquet
-
-            with pyarrow.parquet.ParquetFile(self.path) as f:
+            with parquet_file(self.path) as f:
                 return f.schema_arrow, f.metadata.num_rows
         schema, rows = None, 0
         for batch in self._batches(65536, every=True):
@@ -136,9 +147,7 @@ class _Arrow(Table):
 
         chosen = None if every else self.columns
         if self.path.suffix.lower() == ".parquet":
-            import pyarrow.parquet
-
-            with pyarrow.parquet.ParquetFile(self.path) as f:
+            with parquet_file(self.path) as f:
                 yield from f.iter_batches(batch_size=rows, columns=chosen)
         elif self.path.suffix.lower() == ".csv":
             import pyarrow.csv

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..readers import ReadError, read
 from .bounds import Array, Norm
 from .dataset import certify_dataset
 from .plot import plot_certified_accuracy
@@ -20,6 +21,7 @@ from .smooth import Smooth
 from .table import CertifiedTable
 
 RADII = 0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0
+MOST_BYTES = 32 << 30  # of the data
 NAMES = ("x", "y"), ("x_test", "y_test"), ("images", "labels"), ("data", "labels")
 
 
@@ -142,19 +144,17 @@ def load_model(name: str, weights: Path | None) -> Callable[[mx.array], mx.array
 
 def load_data(path: Path) -> tuple[Array, Array]:
     """Read inputs and labels from an .npz file without pickle."""
+    if path.suffix.lower() != ".npz":
+        raise OptionError(f"--data must be a readable .npz file but is {path}")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            for names in NAMES:
-                if set(names) <= set(file.files):
-                    x, y = (file[name] for name in names)
-                    break
-            else:
-                wanted = ", ".join(" and ".join(names) for names in NAMES)
-                raise OptionError(f"--data must have the arrays {wanted} but {path} has {', '.join(file.files)}")
-    except (ValueError, OSError, AttributeError) as e:
-        if isinstance(e, OptionError):
-            raise
+        arrays = read(path, max_bytes=MOST_BYTES)
+    except (ReadError, OSError) as e:
         raise OptionError(f"--data must be a readable .npz file but {path}: {e}") from None
+    names = next((names for names in NAMES if set(names) <= set(arrays)), None)
+    if names is None:
+        wanted = ", ".join(" and ".join(names) for names in NAMES)
+        raise OptionError(f"--data must have the arrays {wanted} but {path} has {', '.join(arrays)}")
+    x, y = (arrays[name] for name in names)
     if x.dtype.kind != "f" or y.dtype.kind not in "iu" or x.ndim < 2 or y.shape != x.shape[:1]:
         raise OptionError(
             f"--data must have floating inputs [rows, ...] and an integer label for each but {path} has {x.dtype} "

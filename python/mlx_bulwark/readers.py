@@ -12,13 +12,13 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from numpy.lib import format as npy
 
-from .batch import Array
+Array = np.ndarray[Any, Any]
 
 MAX_BYTES = 4 << 30
 KINDS = (".npz", ".npy", ".csv", ".json", ".jsonl", ".parquet", ".safetensors")
@@ -97,8 +97,17 @@ def _npy(f: BinaryIO, path: Path, max_bytes: int) -> dict[str, Array]:
     return {"x": _npy_array(f, str(path), max_bytes, os.fstat(f.fileno()).st_size)}
 
 
-def _npy_array(f: Any, name: str, max_bytes: int, size: int) -> Array:
-    """One array, after its header is compared with the bytes that are there."""
+class NpyHeader(NamedTuple):
+    """What an .npy file holds, and at which byte its numbers start."""
+
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype[Any]
+    start: int
+
+
+def npy_header(f: Any, name: str, size: int) -> NpyHeader:
+    """Read the header of .npy, and compare what it declares with the bytes that are there."""
     version = npy.read_magic(f)
     if version not in ((1, 0), (2, 0), (3, 0)):
         raise ReadError(f"[read] {name} must have version 1, 2 or 3 of .npy but has {version[0]}.{version[1]}")
@@ -116,12 +125,17 @@ def _npy_array(f: Any, name: str, max_bytes: int, size: int) -> Array:
         raise ReadError(f"[read] {name} must hold numbers or text but holds Python objects, which are pickles")
     if any(n < 0 for n in shape):
         raise ReadError(f"[read] {name} must have a shape of sizes but has {list(shape)}")
-    wanted = math.prod(shape) * dtype.itemsize
-    start = 6 + 2 + width + length
-    if wanted > max_bytes:
-        raise ReadError(f"[read] {name} must have at most {max_bytes} bytes but declares {wanted}")
+    wanted, start = math.prod(shape) * dtype.itemsize, 6 + 2 + width + length
     if wanted != size - start:
         raise ReadError(f"[read] {name} must hold the {wanted} bytes that it declares but has {size - start}")
+    return NpyHeader(shape, fortran, dtype, start)
+
+
+def _npy_array(f: Any, name: str, max_bytes: int, size: int) -> Array:
+    shape, fortran, dtype, _ = npy_header(f, name, size)
+    wanted = math.prod(shape) * dtype.itemsize
+    if wanted > max_bytes:
+        raise ReadError(f"[read] {name} must have at most {max_bytes} bytes but declares {wanted}")
     data = bytearray(wanted)
     got, view = 0, memoryview(data)
     while got < wanted:
@@ -276,15 +290,21 @@ def _values(values: list[Any]) -> Array:
     return out
 
 
+def parquet_file(source: Any) -> Any:
+    """A ``pyarrow.parquet.ParquetFile`` whose metadata are bounded."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(
+        source, thrift_string_size_limit=_MOST_HEADER * 16, thrift_container_size_limit=_MOST_HEADER
+    )
+
+
 def _parquet(f: BinaryIO, path: Path, max_bytes: int) -> dict[str, Array]:
     try:
         import pyarrow as pa
-        import pyarrow.parquet
     except ImportError as e:
         raise ImportError(f'[read] pyarrow is missing for {path}; pip install "mlx-bulwark[arrow]" brings it') from e
-    with pyarrow.parquet.ParquetFile(
-        f, thrift_string_size_limit=_MOST_HEADER * 16, thrift_container_size_limit=_MOST_HEADER
-    ) as file:
+    with parquet_file(f) as file:
         declared = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
         rows, width = file.metadata.num_rows, len(file.schema_arrow.names)
         if max(declared, 0) > max_bytes or rows * width * 8 > 8 * max_bytes:
