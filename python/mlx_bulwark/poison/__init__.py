@@ -7,6 +7,7 @@ from .features import Features, features_and_logits, penultimate_features
 from .influence import self_influence
 from .label_noise import LabelNoise, cross_fitted, label_noise
 from .neighbors import deep_knn
+from .neural_cleanse import NeuralCleanse, ReversedTrigger, neural_cleanse
 from .spectral import spectral_signatures
 from .spectre import spectre
 from .strip import STRIP
@@ -17,12 +18,15 @@ __all__ = [
     "Detection",
     "Features",
     "LabelNoise",
+    "NeuralCleanse",
+    "ReversedTrigger",
     "activation_clustering",
     "attacks",
     "cross_fitted",
     "deep_knn",
     "features_and_logits",
     "label_noise",
+    "neural_cleanse",
     "penultimate_features",
     "self_influence",
     "spectral_signatures",
