@@ -1,6 +1,7 @@
 """Hotelling's T2: one chart of several correlated numbers."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -193,8 +194,14 @@ class HotellingT2(Chart):
         )
         return Signal(self.kind, "T2", index, t2, self.limit, 1, message, side="above")
 
+    @cached_property
+    def _half(self) -> Array:
+        """The factor's inverse: its columns' squares add up to the diagonal of the covariance's."""
+        half: Array = linalg.solve_triangular(self._factor, np.eye(len(self.mean)), lower=True)
+        return half
+
     def _farthest(self, x: Array) -> tuple[int, float]:
-        half = linalg.solve_triangular(self._factor, np.eye(len(x)), lower=True)
+        half = self._half
         with np.errstate(over="ignore", invalid="ignore"):
             pulled = half.T @ (half @ (x - self.mean))
             distances = np.nan_to_num(np.abs(pulled) / np.sqrt((half * half).sum(axis=0)), nan=0.0)

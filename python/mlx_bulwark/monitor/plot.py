@@ -88,7 +88,7 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
     if panel.missing:
         axes.plot(panel.missing, [0.02] * len(panel.missing), "|", color=SIGNAL, transform=axes.get_xaxis_transform())
         axes.lines[-1].set_label(f"not finite: {len(panel.missing)}")
-    axes.set(xlabel="value", ylabel=panel.label)
+    axes.set(xlabel="number of the value", ylabel=panel.label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     if panel.curves:

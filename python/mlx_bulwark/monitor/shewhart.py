@@ -93,6 +93,7 @@ class Shewhart(LocationChart):
             raise ValueError(f"[{self.kind}] rules must be some of {list(self.nelson)} but are {list(self.rules)}")
         self._tested = tuple(self.nelson[rule] for rule in self.rules)
         self._watched = sorted({condition for rule in self._tested for condition in WATCHED[rule]})
+        self._described = self._descriptions()
         self._history = [0] * 9
         self._last = math.nan
 
@@ -234,7 +235,7 @@ class Shewhart(LocationChart):
         )
 
     def _one(self, rule: int, index: int, x: float, rises: bool) -> Signal:
-        points, sigmas, words = self._described(self.nelson[rule])
+        points, sigmas, words = self._described[self.nelson[rule]]
         side = limit = None
         if self.nelson[rule] in (1, 2, 5, 6):
             side = "above" if x > self.center else "below"
@@ -247,7 +248,7 @@ class Shewhart(LocationChart):
         name = self.bits[self.nelson[rule] - 1]
         return Signal(self.kind, name, index, x, limit, points, f"value {index} is {x:.6g}: {words}", side=side)
 
-    def _described(self, rule: int) -> _Rule:
+    def _descriptions(self) -> dict[int, _Rule]:
         return {
             1: _Rule(1, self.limit, f"{{side}} the limit of {{limit}} ({self.limit:g} sigma)"),
             2: _Rule(self.run, 0.0, f"the last {self.run} points are all {{side}} the centre of {{limit}}"),
@@ -257,7 +258,7 @@ class Shewhart(LocationChart):
             6: _Rule(5, 1.0, "4 of the last 5 points are {side} {limit} (1 sigma)"),
             7: _Rule(15, None, "the last 15 points are all within 1 sigma of the centre: too little variation"),
             8: _Rule(8, None, "the last 8 points are all outside of 1 sigma, on both sides: two processes mixed?"),
-        }[rule]
+        }
 
     def _parameters(self) -> dict[str, Any]:
         return {"center": self.center, "sigma": self.sigma, "rules": list(self.rules), "limit": self.limit}
