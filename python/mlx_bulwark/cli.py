@@ -617,9 +617,11 @@ def _app() -> "typer.Typer":
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
 
+    from .monitor.command import add_commands as add_monitor
     from .provenance.command import add_commands
 
     add_commands(app)
+    add_monitor(app)
     return app
 
 

@@ -47,7 +47,9 @@ class MonitorCollector:
                         family.add_metric([name], value)
         yield values
         yield shifts
-        tested = core.GaugeMetricFamily("bulwark_window_p_value", "Least p-value of a window's last test.", ["window"])
+        tested = core.GaugeMetricFamily(
+            "bulwark_window_p_value", "Least p-value of a window's last test.", labels=["window"]
+        )
         for name, window in found["windows"].items():
             if window["p_value"] is not None:
                 tested.add_metric([name], window["p_value"])
@@ -61,7 +63,9 @@ class MonitorCollector:
             opened.add_metric([severity], n)
         yield opened
         if self._alerts:
-            raised = core.CounterMetricFamily("bulwark_alerts", "Alerts since the state began.", ["severity", "source"])
+            raised = core.CounterMetricFamily(
+                "bulwark_alerts", "Alerts since the state began.", labels=["severity", "source"]
+            )
             for row in found["alert_counts"]:
                 raised.add_metric([row["severity"], row["source"]], row["count"])
             yield raised
