@@ -25,7 +25,7 @@ from mlx_bulwark.monitor import (
     change_point,
 )
 from mlx_bulwark.monitor.monitor import _make_series, cusum_limit
-from mlx_bulwark.monitor.series import Series
+from mlx_bulwark.monitor.series import Batch, Series
 from scipy import stats
 from watched import model, rows
 
@@ -228,7 +228,7 @@ def test_points_do_not_depend_on_batches(baseline, tmp_path):
 @pytest.mark.parametrize("right", [0, 1, 60, 89, 90, 91, 99, 100])
 def test_shares_are_standardised_by_the_mid_p_value(right):
     series = Series("accuracy", 0.9, None, 10**9, size=100)
-    (point,) = series.add(np.repeat([1.0, 0.0], [right, 100 - right]), 0)
+    (point,) = series.add(np.repeat([1.0, 0.0], [right, 100 - right]), Batch(0))
     p = stats.binom(100, 0.9)
     mid = p.cdf(right) - p.pmf(right) / 2
     assert stats.norm.cdf(point.standardised) == pytest.approx(mid, rel=1e-6)
@@ -282,8 +282,12 @@ def test_three_points_of_accuracy_are_missed(baseline, tmp_path, seed):
     good = alert.details["last_good"]
     assert good["batch"] <= alert.details["first_bad"]["batch"]
     assert good["label"].startswith("day ")
-    assert alert.details["rollback_to"] == good["checkpoint"]
-    assert f"advice: roll back to {good['checkpoint']}" in alert.message
+    if good["checkpoint"] == alert.details["first_bad"]["checkpoint"]:
+        assert alert.details["rollback_to"] is None
+        assert "look at the data rather than at the weights" in alert.message
+    else:
+        assert alert.details["rollback_to"] == good["checkpoint"]
+        assert f"advice: roll back to {good['checkpoint']}" in alert.message
 
 
 def test_a_break_is_placed_exactly(baseline, tmp_path):
@@ -291,7 +295,19 @@ def test_a_break_is_placed_exactly(baseline, tmp_path):
         at, alert = run_evaluations(monitor, 20, 8, 0.6, size=200)
     assert at == 8
     assert alert.details["first_bad"] == {"batch": 8, "label": "day 8", "checkpoint": "step-0"}
-    assert alert.details["last_good"]["label"] == "day 7"
+    assert alert.details["last_good"] == {"batch": 7, "label": "day 7", "checkpoint": "step-0"}
+    assert alert.details["rollback_to"] is None, "the same weights did well the day before"
+
+
+def test_a_checkpoint_that_is_worse_is_named_with_the_one_before(baseline, tmp_path):
+    with Monitor(model, baseline, state=tmp_path / "s") as monitor:
+        at, alert = run_evaluations(monitor, 20, 10, 0.5, size=130)
+    assert at in (10, 11)
+    first, good = alert.details["first_bad"], alert.details["last_good"]
+    assert (first["label"], good["label"]) in {(f"day {i}", f"day {j}") for i in (9, 10) for j in (8, 9)}
+    assert int(first["label"][4:]) == first["batch"], "name and number are of one batch, not of two that share a point"
+    if first["batch"] == 10:
+        assert alert.details["rollback_to"] == "step-0"
 
 
 def test_a_class_that_fails(tmp_path):
@@ -322,7 +338,7 @@ def test_false_alarms_of_all_charts_together():
         for name, series in _make_series(baseline, None, 200.0).items():
             if name == "accuracy":
                 right = (np.random.default_rng([seed, 2]).random(100_000) < 0.9).astype(float)
-                found = series.add(right, 0)
+                found = series.add(right, Batch(0))
                 points += len(found)
                 alarms += sum(bool(p.signals) for p in found)
     assert points == 20_000
@@ -532,14 +548,14 @@ def test_goes_on_exactly_where_it_stood(baseline, tmp_path):
 
     def run(path, reopen):
         clock = Clock()
-        options = {"state": path, "clock": clock, "window_size": 100, "cooldown": 5, "keep": 15}
+        options = {"state": path, "clock": clock, "window_size": 100, "cooldown": 5, "keep": 10}
         monitor = Monitor(model, baseline, **options)
-        for i in range(30):
+        for i in range(20):
             if reopen:
                 monitor.close()
                 monitor = Monitor(model, baseline, **options)
             clock.now += 1
-            x, y = rows([30, i], 70, 0.1 if i < 15 else 0.5)
+            x, y = rows([30, i], 70, 0.1 if i < 10 else 0.5)
             monitor(mx.array(x + 0.05 * i))
             monitor.evaluate(x, y)
         found = monitor.snapshot() | {"time": 0, "state": ""}
@@ -551,7 +567,7 @@ def test_goes_on_exactly_where_it_stood(baseline, tmp_path):
     whole, pieces = run(tmp_path / "a", False), run(tmp_path / "b", True)
     assert whole == pieces
     assert len(whole[0]["alerts"]) > 3
-    assert len(whole[0]["series"]["accuracy"]["points"]) == 15
+    assert len(whole[0]["series"]["accuracy"]["points"]) == 10
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])

@@ -21,7 +21,7 @@ from .observation import Array, Observation, check_output, drawn, numbers, obser
 from .reference import Baseline, Detector, check_labels
 from .schedule import Schedule
 from .sequential import CUSUM
-from .series import Point, Series, change_point
+from .series import Batch, Point, Series, change_point
 from .shewhart import Shewhart
 from .sinks import Outbox, PrometheusSink, Sink
 from .snapshot import snapshot
@@ -202,17 +202,18 @@ class Monitor:
 
     def _watch(self, x: Any, given: mx.array | None, seen: Observation, shape: tuple[int, ...]) -> None:
         batch, rows = self._counters["batches"], shape[0]
+        where = Batch(batch, None, self.checkpoint)
         valid: Array = np.asarray(seen.valid.reshape(rows, -1).all(axis=1)) if rows else seen.valid
         alerts = self._count(batch, seen)
         per_row = seen.confidences.reshape(rows, -1) if rows else seen.confidences.reshape(0, 1)
         confidences = per_row[valid].mean(axis=1, dtype=np.float64)
-        points = {name: self._series[name].add(confidences, batch) for name in ("confidence",) if name in self._series}
-        alerts += [a for name, found in points.items() for a in self._judge(name, found, batch, None)]
+        points = {name: self._series[name].add(confidences, where) for name in ("confidence",) if name in self._series}
+        alerts += [a for name, found in points.items() for a in self._judge(name, found, where)]
         tests = self._look(x, given, seen, valid, batch)
         alerts += [self._drift_alert(test, batch) for test in tests if test.drift]
         self._counters["batches"] += 1
         self._counters["rows"] += rows
-        self._commit(alerts, points, tests, batch, None)
+        self._commit(alerts, points, tests, batch)
 
     def _count(self, batch: int, seen: Observation) -> list[Alert]:
         bad = int((~seen.valid).sum())
@@ -307,6 +308,7 @@ class Monitor:
 
     def _score(self, seen: Observation, labels: Array, label: str | None) -> dict[str, Any]:
         batch, rows = self._counters["evaluations"], len(labels)
+        where = Batch(batch, label, self.checkpoint)
         y = labels.reshape(-1)
         right = (seen.classes == y).reshape(rows, -1).mean(axis=1, dtype=np.float64) if rows else np.zeros(0)
         figures = {"accuracy": right}
@@ -315,7 +317,7 @@ class Monitor:
         for c in [c for c in range(min(self._classes, MOST_CLASSES)) if f"precision[{c}]" in self._series]:
             figures[f"precision[{c}]"] = (y[seen.classes == c] == c).astype(np.float64)
         points = {
-            name: self._series[name].add(values, batch) for name, values in figures.items() if name in self._series
+            name: self._series[name].add(values, where) for name, values in figures.items() if name in self._series
         }
         bad = int((~seen.valid).sum())
         alerts = []
@@ -323,28 +325,25 @@ class Monitor:
             details = {"rule": "not finite", "evaluation": batch, "label": label, "rows": bad, "of": len(seen.valid)}
             message = f"{bad} of {len(seen.valid)} outputs of evaluation {batch} are not finite; they count as wrong"
             alerts.append(Alert("critical", "outputs", message, details, self._clock()))
-        alerts += [a for name, found in points.items() for a in self._judge(name, found, batch, label)]
+        alerts += [a for name, found in points.items() for a in self._judge(name, found, where)]
         self._counters["evaluations"] += 1
         self._counters["evaluated_rows"] += rows
-        self._commit(alerts, points, [], batch, label)
+        self._commit(alerts, points, [], batch)
         return {"accuracy": float(right.mean()) if rows else math.nan, "rows": rows, "not_finite": bad}
 
     # what is found, and where the change was
 
-    def _judge(self, name: str, points: list[Point], batch: int, label: str | None) -> list[Alert]:
+    def _judge(self, name: str, points: list[Point], where: Batch) -> list[Alert]:
         """Alerts of a figure's new points: each is judged by those on record and the ones before it."""
         if not any(point.signals for point in points):
             return []
-        place = {"label": label, "checkpoint": self.checkpoint}
-        before = self._state.points(name)
-        alerts = []
+        before, alerts = self._state.points(name), []
         for point in points:
-            now = {"batch": point.first, "value": point.value, "standardised": point.standardised}
-            before.append(place | now)
-            alerts += [self._alert(name, before, signal, batch, label) for signal in point.signals]
+            before.append(point.first._asdict() | {"value": point.value, "standardised": point.standardised})
+            alerts += [self._alert(name, before, signal, where) for signal in point.signals]
         return alerts
 
-    def _alert(self, name: str, points: list[dict[str, Any]], signal: Signal, batch: int, label: str | None) -> Alert:
+    def _alert(self, name: str, points: list[dict[str, Any]], signal: Signal, where: Batch) -> Alert:
         now, mean = points[-1], self._series[name].mean
         word = "batch" if name == "confidence" else "evaluation"
         side = signal.side or ("below" if now["standardised"] < 0 else "above")
@@ -354,12 +353,12 @@ class Monitor:
         way = "fell" if side == "below" else "rose"
         message = (
             f"{name} {way} from {mean:.4g} to {level:.4g}, found by {signal.chart} at "
-            f"{word} {batch}; the first bad {word} is about {_named(first)}, the last good one {_named(good)}"
+            f"{word} {where.batch}; the first bad {word} is about {_named(first)}, the last good one {_named(good)}"
         )
         details = {
             "rule": f"{signal.chart}: {signal.rule}",
-            word: batch,
-            "label": label,
+            word: where.batch,
+            "label": where.label,
             "value": now["value"],
             "baseline": mean,
             "standardised": now["standardised"],
@@ -367,8 +366,8 @@ class Monitor:
             "last_good": good,
         }
         if name != "confidence" and side == "below":
-            message += _advice(good)
-            details["rollback_to"] = good and good["checkpoint"]
+            message += _advice(first, good)
+            details["rollback_to"] = _rollback(first, good)
         severity: Severity = "warning" if name != "accuracy" else "critical" if side == "below" else "info"
         return Alert(severity, name, message, details, self._clock())
 
@@ -445,9 +444,9 @@ class Monitor:
             f"accuracy on the held-out set fell from {was:.4g} to {point['value']:.4g} at batch {batch}: {lost} rows "
             f"were lost, {won} won (p = {p:.2g}); the first bad evaluation is at {_named(first)}, the last good one "
             f"{_named(good)}"
-        ) + _advice(good)
+        ) + _advice(first, good)
         details = {"rule": "mcnemar", "batch": batch, "p_value": p, "lost": lost, "won": won, "value": point["value"]}
-        details |= {"baseline": was, "first_bad": first, "last_good": good, "rollback_to": good and good["checkpoint"]}
+        details |= {"baseline": was, "first_bad": first, "last_good": good, "rollback_to": _rollback(first, good)}
         alert = Alert("critical", HELD_OUT, message, details, self._clock())
         return [alert], point | {"signals": ["mcnemar"]}
 
@@ -468,7 +467,6 @@ class Monitor:
         points: dict[str, list[Point]],
         tests: list[WindowTest],
         batch: int,
-        label: str | None,
     ) -> None:
         now = self._clock()
         kept: dict[str, Any] = {"counters": self._counters}
@@ -480,9 +478,8 @@ class Monitor:
         if tests:
             self._tested |= {test.window: test.to_json() for test in tests}
             kept["tests"] = self._tested
-        place = {"time": now, "label": label, "checkpoint": self.checkpoint}
-        rows = [_row(name, p) | place for name, found in points.items() for p in found]
-        rows += [_test_row(test, batch) | place for test in tests]
+        rows = [_row(name, p) | {"time": now} for name, found in points.items() for p in found]
+        rows += [_test_row(test, batch) | {"time": now, "checkpoint": self.checkpoint} for test in tests]
         with self._state.transaction(durable=bool(alerts)):
             for name, (emptied, new) in self._pieces.items():
                 if emptied:
@@ -634,7 +631,7 @@ def _of(moments: Mapping[str, Any]) -> tuple[float, float, int]:
 
 
 def _row(name: str, point: Point) -> dict[str, Any]:
-    found = {"series": name, "batch": point.first, "value": point.value, "standardised": point.standardised}
+    found = point.first._asdict() | {"series": name, "value": point.value, "standardised": point.standardised}
     return found | {"size": point.size, "signals": [f"{s.chart}: {s.rule}" for s in point.signals]}
 
 
@@ -654,10 +651,19 @@ def _named(place: Mapping[str, Any] | None) -> str:
     return f"{place['batch']}" + (f" ({place['label']})" if place["label"] else "")
 
 
-def _advice(good: Mapping[str, Any] | None) -> str:
-    if good is None or not good["checkpoint"]:
-        return ""
-    return f"; advice: roll back to {good['checkpoint']}, the checkpoint of the last good one"
+def _rollback(first: Mapping[str, Any] | None, good: Mapping[str, Any] | None) -> str | None:
+    """The checkpoint of the last good batch, unless the first bad one had the same."""
+    if first is None or good is None or not good["checkpoint"] or good["checkpoint"] == first["checkpoint"]:
+        return None
+    return str(good["checkpoint"])
+
+
+def _advice(first: Mapping[str, Any] | None, good: Mapping[str, Any] | None) -> str:
+    if checkpoint := _rollback(first, good):
+        return f"; advice: roll back to {checkpoint}, the checkpoint of the last good one"
+    if good is not None and good["checkpoint"]:
+        return f"; both ran {good['checkpoint']}: look at the data rather than at the weights"
+    return ""
 
 
 def _held_out(baseline: Baseline, x: Any, y: Any) -> tuple[Any, Array, str]:

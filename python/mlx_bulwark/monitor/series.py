@@ -15,18 +15,32 @@ LEAST_ERRORS = 5.0  # that a point of a share is to have in the baseline: with f
 CONFIDENCE = 1.2815515655446004  # normal quantile: 9 of 10 baselines are no further from the truth
 
 
+class Batch(NamedTuple):
+    """Where rows came from.
+
+    Attributes:
+        batch: Number.
+        label: Name; None without.
+        checkpoint: Weights that ran; None where they have no name.
+    """
+
+    batch: int
+    label: str | None = None
+    checkpoint: str | None = None
+
+
 class Point(NamedTuple):
     """Some rows together.
 
     Attributes:
-        first: Number of the batch that its first row came in.
+        first: The batch that its first row came in.
         value: Mean of the rows.
         standardised: How far that is from the baseline, in standard deviations.
         size: Rows.
         signals: Of the charts.
     """
 
-    first: int
+    first: Batch
     value: float
     standardised: float
     size: int
@@ -59,19 +73,19 @@ class Series:
         self.sd = None if sd is None else max(float(sd), 1e-6)
         self.size = size or default_size(self.mean if sd is None else None, rows)
         self.charts = list(charts)
-        self._count, self._total, self._first = 0, 0.0, 0
+        self._count, self._total, self._first = 0, 0.0, Batch(0)
 
     @property
     def allowance(self) -> float:
         """How far a baseline may be off, in standard deviations of a point."""
         return CONFIDENCE * math.sqrt(self.size / self.rows)
 
-    def add(self, values: Array, batch: int) -> list[Point]:
+    def add(self, values: Array, batch: Batch) -> list[Point]:
         """Add rows; return the points that are full.
 
         Args:
             values: ``[n]``, 0 or 1 where the figure is a share.
-            batch: Number of their batch.
+            batch: Where they came from.
         """
         points = []
         while len(values):
@@ -106,7 +120,7 @@ class Series:
         return {
             "count": self._count,
             "total": self._total,
-            "first": self._first,
+            "first": list(self._first),
             "charts": [chart.state() for chart in self.charts],
         }
 
@@ -123,7 +137,7 @@ class Series:
         if [_settings(c) for c in charts] != [_settings(c) for c in self.charts]:
             raise ValueError(f"[Monitor] state must be of the charts that are given but has others of {self.name}")
         self.charts, self._count = charts, int(state["count"])
-        self._total, self._first = float(state["total"]), int(state["first"])
+        self._total, self._first = float(state["total"]), Batch(*state["first"])
 
 
 def _settings(chart: Chart) -> dict[str, Any]:
