@@ -24,7 +24,7 @@ def sign(
         manifest: a file of `Manifest.save`.
         signature: file to write, a Sigstore bundle.
         key: file of an ECDSA key, of `new_key`. Default: keyless through Sigstore, which needs the network and who
-            you are: a browser, or ``identity_token``.
+            you are: ``identity_token``, what a CI service offers of its own, or a browser.
         identity_token: OpenID token for Sigstore.
 
     Raises:
@@ -49,7 +49,9 @@ def sign(
         _local(lambda: config.use_elliptic_key_signer(private_key=key), key)
         config.sign(manifest, signature)
         return
-    _online(lambda: config.use_sigstore_signer(identity_token=identity_token).sign(manifest, signature))
+    # What CI offers of its own goes before a browser.
+    who = {"identity_token": identity_token, "use_ambient_credentials": identity_token is None}
+    _online(lambda: config.use_sigstore_signer(**who).sign(manifest, signature))
 
 
 def verify_signature(
@@ -110,7 +112,7 @@ def _online(use: Any) -> None:
     except Exception as e:  # of any of the packages between here and the network
         raise ProvenanceError(
             f"[sign] Sigstore must be reachable and know who you are but is not: {type(e).__name__}: {e}; "
-            "a local key needs no network"
+            "a local key needs no network: mlx-bulwark manifest sign --new-key --key FILE"
         ) from e
 
 
