@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from mlx_bulwark.gate import (
     Field,
     GateError,
+    Outlier,
     Quarantine,
     Relation,
     Schema,
     SchemaError,
+    Trusted,
     read_quarantine,
     rule,
     to_pandera,
@@ -268,3 +270,24 @@ def test_domain_rules_are_never_code(tmp_path):
     assert Schema.from_json(text.replace("os.system", "even")).check(np.arange(3)).counts["domain"] == 1
     Schema().save(tmp_path / "s.json")
     assert Schema.load(tmp_path / "s.json") == Schema()
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"axis": 0, "outlier": Outlier(center=(0.0, 1.0), scale=(1.0,), limit=3.0)},
+        {"axis": 0, "low": (0.0,), "outlier": Outlier(center=(0.0, 1.0), scale=1.0, limit=3.0)},
+        {"axis": 0, "trusted": Trusted(rows=9, values=(9, 9), mean=(0.0, 0.0), std=(1.0,))},
+        {"axis": 0, "trusted": Trusted(rows=9, values=(9, 9), low=(0.0, 0.0), high=(1.0, 1.0))},
+        {"trusted": Trusted(rows=9, values=(9, 9), mean=(0.0, 0.0), std=(1.0, 1.0))},
+    ],
+)
+def test_lists_of_other_lengths_are_refused(rules):
+    with pytest.raises(SchemaError, match="lists must"):
+        Schema(fields={"x": Field(**rules)})
+
+
+def test_data_of_other_channels_than_the_rules_are_a_finding():
+    rule = Outlier(center=(0.0, 0.0), scale=1.0, limit=3.0)
+    (finding,) = Schema(fields={"x": Field(axis=0, outlier=rule)}).check(np.zeros((4, 3))).findings
+    assert (finding.rule, finding.words) == ("shape", "x must have the 2 channels of its rules but has 3")

@@ -81,13 +81,12 @@ def _shape(check: Check, name: str, rule: Field, a: Array) -> bool:
 
 def _numbers(check: Check, name: str, rule: Field, a: Array) -> None:
     width = channels(a, rule.axis)
-    for what in ("low", "high"):
-        bound = getattr(rule, what)
-        if isinstance(bound, tuple) and len(bound) != width:
-            check.data("shape", name, 1, f"have the {len(bound)} channels of {what}", f"has {width}")
-            return
-    if rule.trusted and rule.trusted.mean and len(rule.trusted.mean) != width:
-        check.data("shape", name, 1, f"have the {len(rule.trusted.mean)} channels of trusted", f"has {width}")
+    lists = [rule.low, rule.high]
+    lists += [rule.outlier.center, rule.outlier.scale] if rule.outlier else []
+    lists += [rule.trusted.values or None] if rule.trusted else []
+    wanted = {len(v) for v in lists if isinstance(v, tuple)}
+    if wanted and wanted != {width}:
+        check.data("shape", name, 1, f"have the {max(wanted)} channels of its rules", f"has {width}")
         return
     s = check.channel_statistics(name, rule)
     moments = {"mean": s.mean.tolist(), "std": s.std.tolist()} if check.reads_moments(rule) else {}

@@ -378,11 +378,33 @@ def _refuse_field(name: str, rule: Field) -> None:
         low, high = (b * wide if len(b) == 1 else b for b in bounds)
         if any(a > b for a, b in zip(low, high, strict=True)):
             raise SchemaError(f"[Schema] fields.{name}.low must be at most high but is above it")
+    _refuse_lengths(name, rule)
     if rule.pattern is not None:
         try:
             re.compile(rule.pattern)
         except re.error as e:
             raise SchemaError(f"[Schema] fields.{name}.pattern must be a regular expression but {e}") from None
+
+
+def _refuse_lengths(name: str, rule: Field) -> None:
+    """Lists run along the channels, so they are as long as each other."""
+    lists = {}
+    if rule.trusted is not None:
+        names = "values", "low", "high", "outside", "mean", "std"
+        lists = {f"trusted.{k}": getattr(rule.trusted, k) for k in names if getattr(rule.trusted, k)}
+    if lists and {"trusted.low", "trusted.high", "trusted.outside"} & set(lists):
+        lists |= {f"trusted.{k}": getattr(rule.trusted, k) for k in ("values", "low", "high", "outside")}
+    if "trusted.mean" in lists or "trusted.std" in lists:
+        lists |= {f"trusted.{k}": getattr(rule.trusted, k) for k in ("values", "mean", "std")}
+    if rule.outlier is not None:
+        both = {"outlier.center": rule.outlier.center, "outlier.scale": rule.outlier.scale}
+        lists |= {k: v for k, v in both.items() if isinstance(v, tuple)}
+    lists |= {k: v for k in ("low", "high") if isinstance(v := getattr(rule, k), tuple)}
+    if len({len(v) for v in lists.values()}) > 1:
+        told = ", ".join(f"{k} {len(v)}" for k, v in lists.items())
+        raise SchemaError(f"[Schema] fields.{name}: lists must be as long as each other but have lengths {told}")
+    if rule.axis is None and any(len(v) != 1 for v in lists.values()):
+        raise SchemaError(f"[Schema] fields.{name}: lists must have one entry without an axis but have more or none")
 
 
 def _refuse_outliers(where: str, rule: Outliers) -> None:
