@@ -408,6 +408,10 @@ def test_windows_are_as_good_as_what_they_are_built_of():
     ]
     assert found.p_value == pytest.approx(min(1, 2 * min(p)))
     assert found.column == int(np.argmin(p))
+    ties = rng.integers(0, 4, (2, 500, 6)).astype(np.float32)
+    (found,) = DriftWindow("w", ties[0], size=500, long=1).add(ties[1])
+    p = [stats.ks_2samp(old, new, method="asymp").pvalue for old, new in zip(*ties.transpose(0, 2, 1), strict=True)]
+    assert found.p_value == pytest.approx(min(1, 6 * min(p)))
     window = DriftWindow("w", rng.integers(0, 3, 400), kind="classes", size=300, long=1)
     shares = rng.choice(3, 300, p=[0.5, 0.3, 0.2])
     (found,) = window.add(shares)

@@ -118,6 +118,7 @@ class DriftWindow:
         self.name, self.kind, self.size, self.long = name, kind, size, long
         self.run_length, self.min_effect, self.seed = float(run_length), float(min_effect), seed
         self.reference: Array = rows
+        self._sorted = [] if kind == "classes" else list(np.sort(rows, axis=0).T.copy())
         self.mmd = mmd and kind == "numbers" and rows.shape[1] > 1
         self.windows = 0
         self._pending: Array = rows[:0]
@@ -177,18 +178,17 @@ class DriftWindow:
 
     def _columns(self, rows: Array, level: float) -> WindowTest:
         width = rows.shape[1]
-        tests = [kolmogorov_smirnov(self.reference[:, j], rows[:, j]) for j in range(width)]
-        matters = [t.p_value * width < level and t.effect >= self.min_effect for t in tests]
-        worst = min(range(width), key=lambda j: (not matters[j], tests[j].p_value))
+        worst = max(range(width), key=lambda j: _distance(self._sorted[j], np.sort(rows[:, j])))
+        found = kolmogorov_smirnov(
+            self._sorted[worst], rows[:, worst]
+        )  # sizes are the same: the least p of all columns
         edges = np.unique(np.quantile(self.reference[:, worst], np.arange(1, BINS) / BINS))
         counts = [
             np.bincount(np.searchsorted(edges, v[:, worst]), minlength=len(edges) + 1) for v in (self.reference, rows)
         ]
-        psi, found = population_stability_index(*counts), tests[worst]
-        p = min(1.0, found.p_value * width)
-        return WindowTest(
-            self.name, len(rows), "ks", worst, p, level, found.effect, psi.value, psi.null_mean, matters[worst]
-        )
+        psi, p = population_stability_index(*counts), min(1.0, found.p_value * width)
+        drift = p < level and found.effect >= self.min_effect
+        return WindowTest(self.name, len(rows), "ks", worst, p, level, found.effect, psi.value, psi.null_mean, drift)
 
     def _together(self, rows: Array, level: float) -> WindowTest:
         generator = np.random.default_rng([self.seed, self.windows])
@@ -213,3 +213,10 @@ class DriftWindow:
             pending: What ``pending`` was.
         """
         self.windows, self._pending = windows, pending.astype(self.reference.dtype)
+
+
+def _distance(reference: Array, new: Array) -> float:
+    """Kolmogorov-Smirnov statistic of sorted values."""
+    values = np.concatenate([reference, new])
+    old = np.searchsorted(reference, values, side="right") / len(reference)
+    return float(np.abs(old - np.searchsorted(new, values, side="right") / len(new)).max())
