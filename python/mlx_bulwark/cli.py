@@ -618,10 +618,11 @@ def _app() -> "typer.Typer":
             sys.exit(INTERRUPTED)
 
     from .monitor.command import add_commands as add_monitor
-    from .provenance.command import add_commands
+    from .provenance.command import add_commands as add_provenance
+    from .report.command import add_commands as add_report
 
-    add_commands(app)
-    add_monitor(app)
+    for add in (add_provenance, add_monitor, add_report):
+        add(app)
     return app
 
 

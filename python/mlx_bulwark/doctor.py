@@ -137,7 +137,7 @@ class Report:
 
     def to_json(self) -> str:
         """The report as JSON, with ``ok``."""
-        return json.dumps(asdict(self) | {"ok": self.ok}, indent=1)
+        return json.dumps({"kind": "doctor"} | asdict(self) | {"ok": self.ok}, indent=1)
 
 
 def examine(*, checks: bool = True, isolated: bool = True, simulator: Path | None = None) -> Report:

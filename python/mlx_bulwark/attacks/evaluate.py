@@ -68,10 +68,14 @@ class RobustReport:
     def figures(self) -> dict[str, Any]:
         """Return all figures, without those of single inputs, as numbers, strings, lists and dicts."""
         names = "inputs", "clean_accuracy", "robust_accuracy", "attack_success_rate"
-        return {name: getattr(self, name) for name in names} | {
-            "attacks": [asdict(a) for a in self.attacks],
-            "flags": [asdict(f) for f in self.flags],
-        }
+        return (
+            {"kind": "robust_accuracy"}
+            | {name: getattr(self, name) for name in names}
+            | {
+                "attacks": [asdict(a) for a in self.attacks],
+                "flags": [asdict(f) for f in self.flags],
+            }
+        )
 
     def table(self) -> "Table":
         """Return a table for ``rich.print``: robust accuracy, success rate, median distance and mean queries.
@@ -113,7 +117,7 @@ class EpsSweep:
         """Return the figures of all reports as JSON."""
         robust = self.accuracy()
         runs = [{"eps": e, "robust_accuracy_over_eps": robust[e]} | r.figures() for e, r in self.reports.items()]
-        return json.dumps({"runs": runs}, indent=2, allow_nan=False)
+        return json.dumps({"kind": "robust_accuracy", "runs": runs}, indent=2, allow_nan=False)
 
     def plot(self, path: str | os.PathLike[str], *, label: str = "worst case", unit: str = "radius") -> None:
         """Draw accuracy over radius into a PNG file; matplotlib comes with the extra ``demo``."""

@@ -90,7 +90,8 @@ class Figures:
 
     def write_json(self, path: Path) -> None:
         """Write all figures as one JSON object; a number that is not finite becomes null."""
-        path.write_text(json.dumps(_finite(asdict(self)), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        content = {"kind": "private_training"} | _finite(asdict(self))
+        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _finite(value: Any) -> Any:

@@ -64,7 +64,8 @@ class UtilityCurve:
     def write_json(self, path: Path) -> None:
         """Write everything as one JSON object."""
         points = [{**asdict(p), "mean_test_accuracy": p.mean} for p in self.points]
-        path.write_text(json.dumps({**asdict(self), "points": points}, indent=2) + "\n", encoding="utf-8")
+        content = {"kind": "privacy_utility", **asdict(self), "points": points}
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     def plot(self, path: Path) -> None:
         """Draw the curve into a PNG file."""

@@ -114,6 +114,7 @@ class DriftReport:
     def to_json(self) -> str:
         """Return the report as JSON."""
         content = {
+            "kind": "drift",
             "drift": self.drift,
             "alpha": self.alpha,
             "reference_rows": self.reference_rows,

@@ -44,7 +44,7 @@ class GateCounts:
 
     def to_json(self) -> str:
         """Return the counts as JSON."""
-        return json.dumps(asdict(self))
+        return json.dumps({"kind": "input_gate"} | asdict(self))
 
 
 class GatedOutput(NamedTuple):

@@ -93,7 +93,8 @@ class NumericsReport:
     def to_json(self) -> str:
         """Return the report as JSON."""
         layers = [{k: _finite(v) for k, v in asdict(layer).items()} for layer in self.layers]
-        return json.dumps({"ok": self.ok, "faults": self.faults, "layers": layers}, indent=2, allow_nan=False)
+        content = {"kind": "numerics", "ok": self.ok, "faults": self.faults, "layers": layers}
+        return json.dumps(content, indent=2, allow_nan=False)
 
 
 def probe_numerics(

@@ -104,6 +104,7 @@ class ValidationReport:
         """The report as what JSON knows; numbers that JSON lacks are text."""
         plain: dict[str, Any] = _plain(
             {
+                "kind": "gate",
                 "schema": self.schema,
                 "ok": self.ok,
                 "rows": self.rows,

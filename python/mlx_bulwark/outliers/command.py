@@ -95,7 +95,7 @@ class Findings:
 
     def write_json(self, path: Path) -> None:
         """Write all but the scores of all rows."""
-        content = asdict(self)
+        content = {"kind": "outliers"} | asdict(self)
         del content["scores"]
         path.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
 

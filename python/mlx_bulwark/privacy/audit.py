@@ -152,6 +152,7 @@ class AuditReport:
         values["scores"] = [float(s) for s in self.scores]
         values["included"] = [bool(b) for b in self.included]
         values["violated"] = self.violated
+        values["kind"] = "privacy_audit"
         return cast("dict[str, Any]", _finite(values))
 
     def write_json(self, path: Path | str) -> None:

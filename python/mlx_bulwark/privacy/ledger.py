@@ -70,6 +70,7 @@ def spent_by(path: str | os.PathLike[str], delta: float, accountant: str | None 
     epsilon = composed_epsilon(releases_of(entries.runs), delta, chosen)
     adjacencies = dict.fromkeys(run.event.sampling.adjacency for run in entries.runs)
     return {
+        "kind": "privacy",
         "epsilon": epsilon if epsilon < math.inf else None,
         "delta": delta,
         "accountant": chosen,

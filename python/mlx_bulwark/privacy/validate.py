@@ -65,7 +65,9 @@ class ValidationReport:
             >>> '"is_valid": true' in engine.validate(nn.Linear(2, 2)).to_json()
             True
         """
-        return json.dumps({"is_valid": self.is_valid, "layers": [asdict(r) for r in self.layers]}, indent=2)
+        return json.dumps(
+            {"kind": "privacy_layers", "is_valid": self.is_valid, "layers": [asdict(r) for r in self.layers]}, indent=2
+        )
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [

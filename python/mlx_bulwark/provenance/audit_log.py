@@ -60,6 +60,7 @@ class LogVerification:
     def to_json(self) -> dict[str, Any]:
         """For ``json.dumps``."""
         return {
+            "kind": "audit_log",
             "ok": self.ok,
             "verdict": self.verdict,
             "count": self.head.count,

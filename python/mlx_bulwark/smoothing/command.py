@@ -66,7 +66,8 @@ class Certified:
             {"sigma": sigma, "file": str(self.files[sigma]), **_plain(table.summary(RADII))}
             for sigma, table in self.tables.items()
         ]
-        return json.dumps({"interrupted": self.interrupted, "runs": runs}, indent=2, allow_nan=False)
+        content = {"kind": "certificates", "interrupted": self.interrupted, "runs": runs}
+        return json.dumps(content, indent=2, allow_nan=False)
 
     def plot(self, path: Path, norm: Norm) -> None:
         """Draw certified accuracy over radius, a curve for each sigma."""
