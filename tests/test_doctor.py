@@ -204,6 +204,7 @@ def test_json(copy):
     assert (done.returncode, done.stderr) == (0, "")
     report = json.loads(done.stdout)
     assert {name: type(value) for name, value in report.items()} == {
+        "kind": str,
         "mlx_bulwark": str,
         "python": str,
         "system": str,

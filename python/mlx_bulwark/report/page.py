@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from .. import __version__
+from . import of_data, of_models, of_privacy, of_records  # noqa: F401  # registers adapters
+from .adapting import section_of
 from .parts import Section, Status
-from .sections import section_of
 
 VERSION = 1
 POLICY = "default-src 'none'; img-src data:; base-uri 'none'; form-action 'none'"
