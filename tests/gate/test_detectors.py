@@ -64,9 +64,12 @@ def test_more_rows_far_out_than_in_trusted_data_are_found(schema):
 
 
 @pytest.mark.parametrize("make", [np.asarray, mx.array, lambda x: {"a": x[:, :2], "b": x[:, 2]}])
-@pytest.mark.parametrize("detector", [outliers.KNN(novelty=True), outliers.ECOD(), outliers.IsolationForest()])
+@pytest.mark.parametrize(
+    "detector", [outliers.KNN(novelty=True), outliers.ECOD(), outliers.IsolationForest(random_state=0)]
+)
 def test_any_detector_and_container(make, detector):
-    schema = Schema.infer(make(draw(600, 0).astype(np.float32)), detector=detector)
+    trusted = make(draw(600, 0).astype(np.float32))
+    schema = Schema.infer(trusted, quantiles=(0.05, 0.95), detector=detector)
     assert schema.check(make(draw(600, 1).astype(np.float32))).ok
     x = draw(600, 1).astype(np.float32)
     x[:200] = 1.5 * np.abs(x[:200]) + 2
@@ -83,6 +86,13 @@ def test_missing_values_are_not_scored_and_other_shapes_are_told(schema):
     assert "be numbers" in alone.check({"x": np.array(["a", "b"])}).findings[0].limit
     assert alone.check({"z": x}).ok
     assert alone.check(x[:0]).ok
+
+
+def test_a_detector_that_is_fitted_again_leaves_its_rule_alone():
+    detector = outliers.Mahalanobis().fit(draw(500, 0))
+    rule = Outliers(detector="m.safetensors", hash=register_detector(detector), fields=("x",), limit=30.0)
+    detector.fit(100 * draw(500, 0))
+    assert Schema(outliers=(rule,)).check(planted(100, 1, 4)).counts["outliers"] == 1
 
 
 def test_budget():

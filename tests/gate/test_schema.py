@@ -291,3 +291,32 @@ def test_data_of_other_channels_than_the_rules_are_a_finding():
     rule = Outlier(center=(0.0, 0.0), scale=1.0, limit=3.0)
     (finding,) = Schema(fields={"x": Field(axis=0, outlier=rule)}).check(np.zeros((4, 3))).findings
     assert (finding.rule, finding.words) == ("shape", "x must have the 2 channels of its rules but has 3")
+
+
+def test_datetimes_have_a_first_and_a_last_moment():
+    t = np.array(["2024-01-01", "2024-01-03T12:00:00.5", "NaT", "2024-02-01"], "M8[ns]")
+    rule = Field(dtype="datetime", earliest="2024-01-02", latest="2024-01-03T12:00:00.5", missing=1)
+    (finding,) = Schema(fields={"t": rule}).check({"t": t}).findings
+    assert (finding.rule, finding.rows) == ("range", (0, 3))
+    aware = pd.Series(pd.to_datetime(t)).dt.tz_localize("UTC").dt.tz_convert("Asia/Tokyo")
+    assert Schema(fields={"t": rule}).check(pd.DataFrame({"t": aware})).findings[0].rows == (0, 3)
+    inferred = Schema.infer({"t": t}).fields["t"]
+    assert (inferred.earliest, inferred.latest) == ("2023-12-01T00:00:00.000000", "2024-03-03T00:00:00.000000")
+    assert Schema.from_json(Schema(fields={"t": rule}).to_json()).fields["t"] == rule
+    for wrong in ("yesterday", "2024-13-01", "2024-01-01T00:00:00Z", "1e9"):
+        with pytest.raises(SchemaError, match="earliest"):
+            Schema(fields={"t": Field(earliest=wrong)})
+
+
+@pytest.mark.parametrize(
+    ("rule", "values"),
+    [
+        (Field(low=0), np.array(["1", "-5"], object)),
+        (Field(outlier=Outlier(center=0.0, scale=1.0, limit=3.0)), np.array(["1", "x"], object)),
+        (Field(high=0), np.array(["2024-01-01"], "M8[s]")),
+        (Field(latest="2024-01-01"), np.array([1.7e9])),
+        (Field(latest="2024-01-01"), np.array(["2025-01-01"], object)),
+    ],
+)
+def test_rules_of_another_type_are_not_passed_over(rule, values):
+    assert Schema(fields={"x": rule}).check({"x": values}).counts["type"] == 1

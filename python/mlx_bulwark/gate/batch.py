@@ -110,6 +110,8 @@ def _array(values: Any) -> Array:
 
 def _series(values: Any) -> Array:
     kind = str(values.dtype)
+    if getattr(values.dtype, "tz", None) is not None and hasattr(values, "dt"):
+        return np.asarray(values.dt.tz_convert("UTC").dt.tz_localize(None).to_numpy())
     if kind in ("str", "string", "category") or kind.startswith("string"):
         return np.asarray(values.to_numpy(dtype=object))
     if kind[0] in "IUF" and hasattr(values, "isna"):  # pandas' own, which may miss values

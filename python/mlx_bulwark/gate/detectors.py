@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from pathlib import Path
@@ -84,7 +85,8 @@ def register(detector: Any) -> str:
     if not hasattr(detector, "score_samples"):
         raise ValueError("[register_detector] detector must score new rows but has novelty=False")
     digest = fingerprint(detector)
-    _FITTED[digest] = detector
+    if digest not in _FITTED:
+        _FITTED[digest] = copy.deepcopy(detector)  # the caller's may be fitted again
     return digest
 
 
@@ -100,7 +102,7 @@ def infer_outliers(batch: Batch, label: str, unfitted: Any, quantile: float) -> 
         raise ValueError(f"[Schema.infer] data must have {_LEAST_ROWS} finite rows for a detector but have {len(x)}")
     order = np.random.default_rng(_SEED).permutation(len(x))
     half = len(x) // 2
-    detector = unfitted.fit(x[order[:half]])
+    detector = _clone(unfitted).fit(x[order[:half]])
     digest = register(detector)
     scores = np.sort(_scores(detector, x[order[half:]]))
     rows = len(scores)
@@ -177,6 +179,13 @@ def _plain_name(name: str) -> str:
     if not name.endswith(".safetensors") or any(c in name for c in "/\\:\0") or name.startswith("."):
         raise SchemaError(f"[Schema] detector must be the name of a .safetensors file but is {name!r:.80}")
     return name
+
+
+def _clone(detector: Any) -> Any:
+    _outliers()
+    from sklearn.base import clone
+
+    return clone(detector)
 
 
 def _outliers() -> None:

@@ -80,6 +80,8 @@ def _shape(check: Check, name: str, rule: Field, a: Array) -> bool:
 
 
 def _numbers(check: Check, name: str, rule: Field, a: Array) -> None:
+    if rule.earliest is not None or rule.latest is not None:
+        check.data("type", name, 1, "be datetimes", f"is {check.batch.dtypes[name]}")
     width = channels(a, rule.axis)
     lists = [rule.low, rule.high]
     lists += [rule.outlier.center, rule.outlier.scale] if rule.outlier else []
@@ -247,6 +249,30 @@ def _others(check: Check, name: str, rule: Field, a: Array) -> None:
         check.rows("missing", name, rows, limit, "{} rows have", count)
     else:
         check.holds("missing", name, limit)
+
+    if _of_numbers(rule):
+        check.data("type", name, 1, "be numbers for its rules", f"is {check.batch.dtypes[name]}")
+    if rule.earliest is not None or rule.latest is not None:
+        _moments(check, name, rule, a)
+
+
+def _of_numbers(rule: Field) -> bool:
+    """Whether there are rules that would be passed over in silence if values were no numbers."""
+    given = (rule.low, rule.high, rule.mean, rule.std, rule.outlier)
+    return any(r is not None for r in given) or bool(rule.trusted and rule.trusted.values)
+
+
+def _moments(check: Check, name: str, rule: Field, a: Array) -> None:
+    limit = f"lie from {rule.earliest or 'any time'} to {rule.latest or 'any time'}"
+    if a.dtype.kind != "M":
+        check.data("type", name, 1, f"be datetimes that {limit}", f"is {check.batch.dtypes[name]}")
+        return
+    bad = np.zeros(a.shape, bool)
+    if rule.earliest is not None:
+        bad |= a < np.datetime64(rule.earliest)
+    if rule.latest is not None:
+        bad |= a > np.datetime64(rule.latest)
+    check.rows("range", name, by_row(bad, len(a)).any(axis=1), limit, "{} rows do not", int(bad.sum()))
 
 
 def _is_missing(value: Any) -> bool:

@@ -38,7 +38,20 @@ def _field(batch: Batch, name: str, a: Any, quantiles: tuple[float, float], marg
             trusted = Trusted(rows=len(a), counts=counts)
             return Field(dtype="text", shape=(), missing=share, values=tuple(counts), trusted=trusted)
         return Field(dtype="text", shape=(), missing=share, max_length=2 * max(len(str(v)) for v in a), clean_text=True)
-    return Field(dtype=batch.dtypes[name], shape=shape, missing=share)
+    first, last = _moments(a, missing, margin) if a.dtype.kind == "M" else (None, None)
+    return Field(dtype=batch.dtypes[name], shape=shape, missing=share, earliest=first, latest=last)
+
+
+def _moments(a: Any, missing: Any, margin: float) -> tuple[str | None, str | None]:
+    """First and last moment, widened."""
+    if missing.all():
+        return None, None
+    us = a[~missing].astype("M8[us]").astype(np.int64)
+    wide = int(margin * float(us.max() - us.min()))
+    least, most = (int(np.datetime64(t, "us").astype(np.int64)) for t in ("0001-01-01", "9999-12-31"))
+    ends = max(int(us.min()) - wide, least), min(int(us.max()) + wide, most)
+    first, last = (str(np.datetime64(t, "us")) for t in ends)
+    return first, last
 
 
 def _counts(a: Any) -> dict[str, int] | None:

@@ -70,6 +70,8 @@ class Field:
             color channel of ``[n, h, w, c]`` axis 2. None makes all values of the field one channel.
         low: Least value; one, or one a channel.
         high: Largest value.
+        earliest: First moment of a field of datetimes, ISO 8601 in UTC: ``"2020-01-31"`` or ``"2020-01-31T12:00:00"``.
+        latest: Last moment.
         missing: Largest share of missing values: NaN, NaT, None.
         infinite: Largest share of infinite values.
         values: Values that are allowed; labels are such.
@@ -90,6 +92,8 @@ class Field:
     axis: int | None = None
     low: Bound = None
     high: Bound = None
+    earliest: str | None = None
+    latest: str | None = None
     missing: float = 0.0
     infinite: float = 0.0
     values: tuple[Scalar, ...] | None = None

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
+import numpy as np
+
 from .batch import LABELS, Batch, take
 from .check import Check
 from .quarantine import Quarantine
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from ..provenance.manifest import AppendsLines
 
 FORMAT = 1
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\d([T ]\d\d:\d\d(:\d\d(\.\d{1,6})?)?)?")
 _MOST_BYTES = 64 << 20  # of a schema in a file
 Policy = Literal["raise", "drop", "report"]
 
@@ -379,6 +382,14 @@ def _refuse_field(name: str, rule: Field) -> None:
         if any(a > b for a, b in zip(low, high, strict=True)):
             raise SchemaError(f"[Schema] fields.{name}.low must be at most high but is above it")
     _refuse_lengths(name, rule)
+    for what in ("earliest", "latest"):
+        moment = getattr(rule, what)
+        if moment is not None and not _MOMENT.fullmatch(moment):
+            raise SchemaError(f"[Schema] fields.{name}.{what} must be ISO 8601 in UTC but is {moment!r:.40}")
+        try:
+            np.datetime64("NaT" if moment is None else moment, "us")
+        except ValueError as e:
+            raise SchemaError(f"[Schema] fields.{name}.{what} must be a moment but {e}") from None
     if rule.pattern is not None:
         try:
             re.compile(rule.pattern)
