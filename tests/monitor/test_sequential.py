@@ -72,8 +72,13 @@ def test_ewma_is_its_definition(restart, exact):
     z = np.random.default_rng(1).normal(0.2, 1.3, 600).tolist()
     chart = EWMA(5.0, 2.0, weight=0.25, limit=2.0, exact=exact, restart=restart)
     expected = naive_ewma(z, 0.25, 2.0, exact, restart)
-    assert fired(chart.update_many([5 + 2 * v for v in z])) == expected
+    signals = chart.update_many([5 + 2 * v for v in z])
+    assert fired(signals) == expected
     assert len(expected) > 20
+    if exact:
+        s = signals[0]
+        bound = 2.0 * math.sqrt(0.25 / 1.75 * (1 - 0.75 ** (2 * s.points)))
+        assert abs(s.limit - 5) / 2 == pytest.approx(bound, rel=1e-12)
 
 
 def test_cusum_of_a_textbook():
@@ -109,6 +114,17 @@ def test_split_anywhere_saved_and_loaded(name, x, cut):
     assert [s.to_json() for s in signals] == at_once
     assert [s.to_json() for s in map(single.update, x) if s] == at_once
     assert second.state() == whole.state() == single.state()
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_a_long_series_in_many_pieces(name):
+    x = np.random.default_rng(4).normal(size=400) * 1.4
+    whole, chart, signals = CHARTS[name](), CHARTS[name](), []
+    for piece in np.split(x, np.arange(1, 400, 7)):
+        chart = Chart.from_state(json.loads(json.dumps(chart.state(), allow_nan=False)))
+        signals += chart.update_many(piece)
+    assert len(signals) > 10
+    assert [s.to_json() for s in signals] == [s.to_json() for s in whole.update_many(x)]
 
 
 @pytest.mark.parametrize("name", CHARTS)

@@ -81,6 +81,8 @@ def test_a_rule_fires_at_its_point_and_not_one_earlier(rule, breaks, close, flip
     assert signals[-1].rule == f"nelson {rule}"
     assert (signals[-1].index, signals[-1].value) == (len(breaks) - 1, 10 + 0.5 * flip * breaks[-1])
     assert chart.fresh().update_many([10 + 0.5 * flip * z for z in close]) == []
+    near = chart.fresh()
+    assert [near.update(10 + 0.5 * flip * z) for z in close] == [None] * len(close)
 
 
 values = st.lists(
@@ -93,7 +95,9 @@ values = st.lists(
 @given(values)
 @settings(max_examples=300, deadline=None)
 def test_signals_are_those_of_the_definitions(z):
+    one_by_one = Shewhart(0.0, 1.0, rules=NELSON)
     assert fired(Shewhart(0.0, 1.0, rules=NELSON).update_many(z)) == expected(z)
+    assert fired([s for s in map(one_by_one.update, z) if s]) == expected(z)
 
 
 @given(values, st.integers(0, 60))
