@@ -1,33 +1,44 @@
 """Poison in training data and backdoors in models: planted to test, found, and taken out."""
 
 from . import attacks
+from .activation_range import ActivationRange
 from .classes import Detection
 from .clustering import Clusters, activation_clustering
 from .features import Features, features_and_logits, penultimate_features
 from .influence import self_influence
+from .inspect import InspectReport, InspectResult, inspect
 from .label_noise import LabelNoise, cross_fitted, label_noise
 from .neighbors import deep_knn
 from .neural_cleanse import NeuralCleanse, ReversedTrigger, neural_cleanse
+from .pruning import FinePruned, PruningCheck, fine_prune, pruning_check
 from .spectral import spectral_signatures
 from .spectre import spectre
 from .strip import STRIP
 
 __all__ = [
     "STRIP",
+    "ActivationRange",
     "Clusters",
     "Detection",
     "Features",
+    "FinePruned",
+    "InspectReport",
+    "InspectResult",
     "LabelNoise",
     "NeuralCleanse",
+    "PruningCheck",
     "ReversedTrigger",
     "activation_clustering",
     "attacks",
     "cross_fitted",
     "deep_knn",
     "features_and_logits",
+    "fine_prune",
+    "inspect",
     "label_noise",
     "neural_cleanse",
     "penultimate_features",
+    "pruning_check",
     "self_influence",
     "spectral_signatures",
     "spectre",
