@@ -192,6 +192,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     np.save("new.npy", planted(500, 1, 3))
     assert run("gate", "infer", "trusted.npy", "--out", "s.json", "--detector", "mahalanobis")[0] == 0
     code, out = run("gate", "check", "new.npy", "--schema", "s.json", "--json")
-    assert (code, json.loads(out.out)["counts"]["outliers"]) == (1, 1)
+    told = json.loads(out.out)
+    assert (code, told["counts"]["outliers"], len(told["statistics"]["x"]["mean"])) == (1, 1, 3)
     code, out = run("gate", "infer", "trusted.npy", "--detector", "mahalanobis")
     assert (code, "--out" in out.err) == (2, True)

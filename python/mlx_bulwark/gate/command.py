@@ -20,7 +20,7 @@ def check(data: Path, schema: Path, quarantine: Path | None, max_bytes: int, as_
     except (ValueError, OSError) as e:
         return _refused(e, MISUSED, as_json)
     try:
-        run, report = rules._run(read(data, max_bytes=max_bytes))
+        run, report = rules._run(read(data, max_bytes=max_bytes), statistics=True)
         if quarantine is not None and report.bad_rows.any():
             Quarantine(quarantine).write(run, report)
     except (ReadError, GateError) as e:
