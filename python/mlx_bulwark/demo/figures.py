@@ -90,16 +90,17 @@ class Figures:
 
     def write_json(self, path: Path) -> None:
         """Write all figures as one JSON object; a number that is not finite becomes null."""
-        content = {"kind": "private_training"} | _finite(asdict(self))
+        content = {"kind": "private_training"} | finite(asdict(self))
         path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """JSON values, with null for numbers that are not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(k): _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {str(k): finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def _backend() -> tuple[str, str]:

@@ -11,7 +11,7 @@ DELTA_LIMITS = (1e-12, 0.1)
 SEED_LIMIT = 2**32
 FULL_STEPS = 100  # with fewer, every stage does less
 
-STAGES = ("check", "poison", "private", "certify", "attack")
+STAGES = ("check", "poison", "private", "certify", "attack", "monitor", "report")
 NEEDS: dict[str, str] = {}
 
 

@@ -4,14 +4,17 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from ..report import Report
 from .data import DATASETS, Split, load
 from .figures import Figures
 from .options import DemoOptions, OptionError
 from .progress import stoppable, waiting
+from .sections import layers
 from .stage import Outcome, Scene
 from .stage_attack import attack
 from .stage_certify import certify
 from .stage_check import check
+from .stage_monitor import monitor
 from .stage_poison import poison
 from .stage_private import private
 
@@ -49,6 +52,11 @@ STAGES = {
         "Attack the models",
         "robustness that nobody attacked is a guess: gradients look for the worst image near each test image",
         attack,
+    ),
+    "monitor": Stage(
+        "Watch the model at work",
+        "a model that was good yesterday meets other inputs today: charts and drift tests say when that began",
+        monitor,
     ),
 }
 
@@ -93,12 +101,34 @@ def run_demo(options: DemoOptions, say: Callable[[str], None]) -> Figures:
             split = _load(options, figures, say)
             stop.check()
             scene = Scene(options, split, figures, stop, say)
-            for number, name in enumerate(options.stages, 1):
-                _run_stage(name, f"[{number}/{len(options.stages)}]", scene)
+            _run_stages(scene)
     except KeyboardInterrupt:
         figures.interrupted = True
     figures.seconds = time.perf_counter() - began
     return figures
+
+
+def _run_stages(scene: Scene) -> None:
+    figures, names = scene.figures, scene.options.stages
+    stages = [name for name in names if name != "report"]
+    try:
+        for number, name in enumerate(stages, 1):
+            _run_stage(name, f"[{number}/{len(names)}]", scene)
+    except KeyboardInterrupt:
+        figures.interrupted = True  # what was found is written all the same; a second Ctrl-C ends that too
+        scene.stop.pressed = False
+    if "report" in names and figures.stages:
+        scene.stop.held = True
+        scene.say(f"\n[{len(names)}/{len(names)}] Write the report")
+        scene.tell("why", "what was found helps only whom it is told: one page for a person, and its JSON for machines")
+        page = scene.options.out / "report.html"
+        report = Report("mlx-bulwark demo").add(layers(figures))
+        for section in scene.sections:
+            report.add(section)
+        report.write(page)
+        figures.report = str(page)
+        scene.tell("report", str(page))
+        scene.stop.check()
 
 
 def _run_stage(name: str, number: str, scene: Scene) -> None:
@@ -112,6 +142,8 @@ def _run_stage(name: str, number: str, scene: Scene) -> None:
     summary = {"what": outcome.what, "without": outcome.without, "defended": outcome.defended}
     told = {"title": stage.title, "reason": stage.reason, "seconds": seconds, **summary}
     scene.figures.stages[name] = told | {"figures": outcome.figures}
+    if outcome.section is not None:
+        scene.sections.append(outcome.section)
     scene.tell("seconds", f"{seconds:.1f}")
 
 

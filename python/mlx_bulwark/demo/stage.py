@@ -9,6 +9,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
+from ..report import Section
 from ..training import fit
 from .data import DATASETS, Array, Split
 from .figures import Figures
@@ -46,7 +47,7 @@ class Outcome:
     """Its value without the defence."""
     defended: str = ""
     """Its value with it."""
-    sections: tuple[Any, ...] = ()
+    section: Section | None = None
     """For the report."""
 
 
@@ -69,6 +70,7 @@ class Scene:
     clean_model: nn.Module | None = None
     """Trained plainly on what was found clean, or, where nothing was looked for, on what arrived."""
     private_model: nn.Module | None = None
+    sections: list[Section] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         order = np.random.default_rng(self.options.seed).permutation(len(self.split.images))

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..smoothing import ABSTAIN, Smooth
 from .progress import waiting
+from .sections import certified
 from .stage import Outcome, Scene, percent, plain_loss
 
 SIGMA = 0.25
@@ -41,7 +42,8 @@ def certify(scene: Scene) -> Outcome:
         "certified_accuracy": shares,
         "average_certified_radius": float(np.where(right, found.radius, 0).mean()),
     }
-    return Outcome(figures, f"certified accuracy at L2 radius {RADII[2]:g}", "none", percent(shares[RADII[2]]))
+    section = certified(figures, found.radius, right)
+    return Outcome(figures, f"certified accuracy at L2 radius {RADII[2]:g}", "none", percent(shares[RADII[2]]), section)
 
 
 def noisy_loss(model: nn.Module, x: mx.array, y: mx.array) -> mx.array:

@@ -7,7 +7,8 @@ import numpy as np
 from ..gate import Schema, ValidationReport
 from ..provenance import Manifest
 from .data import DATASETS
-from .stage import Digits, Outcome, Scene, percent
+from .sections import checked
+from .stage import Digits, Outcome, Scene
 
 BROKEN = 3
 FOLDER = "data"
@@ -36,7 +37,7 @@ def check(scene: Scene) -> Outcome:
         "manifest_root": manifest.root,
     }
     caught = f"{len(set(rows) & set(range(BROKEN)))} of {BROKEN}"
-    return Outcome(figures, "planted broken rows refused", "0", f"{caught} ({percent(found.bad_rows.mean())} of all)")
+    return Outcome(figures, "planted broken rows refused", "0", caught, checked(figures, len(report.results)))
 
 
 def write(digits: Digits, folder: Path) -> Path:

@@ -3,17 +3,20 @@
 from ..gate import Schema
 from ..poison.attacks import attack_success_rate, badnets
 from ..provenance import Manifest
+from .sections import poisoned as describe
 from .stage import Digits, Outcome, Scene, percent
 from .stage_check import gate_words, write
 
 RATE = 0.05
 TARGET = 0
+POSITION = (0, 0)
+SHOWN = 6
 
 
 def poison(scene: Scene) -> Outcome:
     """Put a patch on some of the digits that arrived, call them zeros, and train on them."""
     arrived = scene.arrived
-    poisoned = badnets(arrived.x, arrived.y, rate=RATE, target=TARGET, seed=scene.options.seed)
+    poisoned = badnets(arrived.x, arrived.y, rate=RATE, target=TARGET, position=POSITION, seed=scene.options.seed)
     scene.poisoned = poisoned
     scene.tell("poison", f"{len(poisoned.indices)} of {len(arrived)} digits get a white patch and the label {TARGET}")
     data = Digits(poisoned.x, poisoned.y.astype(arrived.y.dtype))
@@ -30,4 +33,6 @@ def poison(scene: Scene) -> Outcome:
     scene.tell("model", f"{percent(right)} of the test digits are named right: nothing looks wrong")
     scene.tell("backdoor", f"{percent(success)} of the other test digits become a {TARGET} by the patch")
     figures |= {"test_accuracy": right, "attack_success_rate": success}
-    return Outcome(figures, "attack success of the patch", percent(success))
+    shown = poisoned.indices[:SHOWN]
+    section = describe(figures, arrived.x[shown], poisoned.x[shown])
+    return Outcome(figures, "attack success of the patch", percent(success), "", section)

@@ -1,6 +1,7 @@
 """Private training beside the plain twin."""
 
 from . import private as training
+from .sections import private as describe
 from .stage import Outcome, Scene, percent
 
 
@@ -14,6 +15,5 @@ def private(scene: Scene) -> Outcome:
     scene.tell("private", f"{percent(right)} of the test digits named right, at epsilon {figures.epsilon:.2f}")
     scene.tell("plain", f"{percent(plain)}, at no epsilon at all")
     told = {"epsilon": figures.epsilon, "test_accuracy": right, "nonprivate_test_accuracy": plain}
-    return Outcome(
-        told, "test accuracy (epsilon)", f"{percent(plain)} (unbounded)", f"{percent(right)} ({figures.epsilon:.2f})"
-    )
+    shares = f"{percent(plain)} (unbounded)", f"{percent(right)} ({figures.epsilon:.2f})"
+    return Outcome(told, "test accuracy (epsilon)", *shares, describe(figures))
