@@ -3,7 +3,7 @@
 from typing import Any
 
 from .adapting import MOST_ROWS, Data, adapter, blank, count, few, real, table
-from .parts import Figure, Plot, Section, plain_words
+from .parts import Figure, Plot, Section, percent, plain_words
 from .svg import Axes, Level, Series, line_chart
 
 MOST_CHARTS = 8
@@ -153,4 +153,46 @@ def _doctor(data: Data) -> Section:
         ]
         columns = ("op", "backend", "error", "at most", "why")
         section.tables.append(table("Checks that are off", columns, lines, "error|at most"))
+    return section
+
+
+@adapter("assessment")
+def _assessment(data: Data) -> Section:
+    worse = [f for f in data["figures"] if f["worse"]]
+    section = Section("assessment", "Against the baseline", "good" if data["ok"] else "problem", "")
+    tolerance = percent(real(data["tolerance"]))
+    if data["baseline"] is None:
+        section.status = "info"
+        section.verdict = "This run was stored as the baseline: the next assessments are held against it."
+    elif data["ok"]:
+        section.verdict = f"Nothing is worse than the baseline of {str(data['baseline'])[:10]}."
+    else:
+        drops = [f"{f['name']} fell from {percent(f['before'])} to {percent(f['now'])}" for f in worse]
+        section.verdict = (
+            f"Worse than the baseline of {str(data['baseline'])[:10]}: {'; '.join([*drops, *data['events']])}."
+        )
+        section.advice = (
+            "Do not release these weights before the cause is known. If the change is meant, store a new baseline by "
+            "--update."
+        )
+    if data["baseline"] is not None:
+        test = "McNemar's test on the same inputs" if data["paired"] else "Fisher's test, since the inputs are others"
+        section.sure = (
+            f"An accuracy counts as worse where it fell by more than {tolerance} and chance explains that with "
+            f"probability {real(data['alpha']):g} at most, over all of them together, by {test}."
+        )
+    rows = [
+        (
+            f["name"],
+            "" if f["before"] is None else percent(f["before"]),
+            percent(f["now"]),
+            "" if f["before"] is None else f"{100 * (f['now'] - f['before']):+.1f}",
+            blank(f["p_value"]),
+            "" if f["before"] is None else "worse" if f["worse"] else "as before",
+        )
+        for f in data["figures"]
+    ]
+    columns = ("figure", "baseline", "now", "points", "p", "verdict")
+    marked = [i for i, f in enumerate(data["figures"]) if f["worse"]]
+    section.tables.append(table("Figures", columns, rows, "baseline|now|points|p", marked))
     return section

@@ -1,0 +1,293 @@
+"""The regular security assessment: attacks, scans and drift, held against a stored baseline."""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from ..attacks.command import AttackOptions, make_attacks
+from ..attacks.evaluate import EpsSweep, accuracy_over_eps
+from ..gate.drift import Drift, DriftReport
+from ..smoothing.command import OptionError, load_data, load_model
+from .page import Report
+
+Array = np.ndarray[Any, np.dtype[Any]]
+FORMAT = 1
+ALPHA = 0.01  # chance that an assessment without any change cries wolf over an accuracy; the same again over drift
+MOST_COLUMNS = 64  # of inputs that drift looks at one by one; beyond, at projections
+PROJECTIONS = 32
+MOST_REFERENCE = 1000  # rows kept in the baseline
+SETTINGS = ("eps", "norm", "attacks", "bounds", "steps", "restarts", "queries", "inputs", "seed")
+
+
+@dataclass(frozen=True)
+class AssessOptions:
+    """Options of the command: those of the attacks, and its own.
+
+    Attributes:
+        attack: What to attack, and how.
+        train: Training data to scan for poison; None for no scan.
+        baseline: The stored baseline.
+        update: Write it in place of comparing to it.
+        tolerance: Drop of an accuracy that does not matter; None for the baseline's.
+    """
+
+    attack: AttackOptions
+    train: Path | None
+    baseline: Path
+    update: bool
+    tolerance: float | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One share of inputs: which of them are right."""
+
+    name: str
+    right: Array
+
+
+def assess(options: AssessOptions, say: Callable[[str], None]) -> tuple[dict[str, Any], Report]:
+    """Measure, compare to the baseline or write it, and make the report.
+
+    Args:
+        options: What to do.
+        say: Called with a line at each stage.
+
+    Returns:
+        tuple: The assessment, whose ``ok`` says that nothing is worse, and the report.
+
+    Raises:
+        OptionError: An option, a file or the baseline cannot be used.
+    """
+    attack = options.attack
+    tolerance = 0.01 if options.tolerance is None else options.tolerance
+    if not 0 <= tolerance < 1:
+        raise OptionError(f"--tolerance must be at least 0 and below 1 but is {tolerance:g}")
+    settings = {name: _listed(getattr(attack, name)) for name in SETTINGS}
+    stored = None if options.update else load_baseline(options.baseline)
+    if stored is not None:
+        _same_settings(settings, stored)
+        tolerance = stored["tolerance"] if options.tolerance is None else tolerance
+    make_attacks(attack, attack.eps[0])
+    x, y = load_data(attack.data)
+    train = None if options.train is None else load_data(options.train)
+    if not len(x):
+        raise OptionError("--data must have rows but has none")
+    model = load_model(attack.model, attack.weights)
+    if hasattr(model, "eval"):
+        model.eval()
+    tested = slice(None, attack.inputs)
+    sweep = _attacked(attack, model, x[tested], y[tested], say)
+    measured = _measured(sweep)
+    say("drift      of inputs, confidences and predicted classes")
+    columns = _columns(model, x, attack.batch_size)
+    found: list[tuple[Any, Any]] = [(sweep, None)]
+    drift = None
+    if stored is not None:
+        drift = _drift(stored, columns, attack.seed)
+        found.append((drift, None))
+    accused = {}
+    if train is not None:
+        scanned = _scan(model, *train, attack, say)
+        if scanned is not None:
+            found.append((scanned, train[0]))
+            accused["training data look poisoned"] = bool(scanned.accused)
+    now = {
+        "kind": "assessment baseline",
+        "format": FORMAT,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "settings": settings,
+        "tolerance": tolerance,
+        "data": _digest(x[tested], y[tested]),
+        "figures": {m.name: {"right": int(m.right.sum()), "inputs": len(m.right), "bits": _bits(m)} for m in measured},
+        "flags": sorted({f.name for r in sweep.reports.values() for f in r.flags}),
+        "accused": accused,
+        "reference": {name: v[:MOST_REFERENCE].tolist() for name, v in columns.items()},
+    }
+    if stored is None:
+        _write(options.baseline, now)
+    assessment = _compared(stored, now, drift, tolerance)
+    report = Report("Security assessment").add(assessment)
+    for data, samples in found:
+        report.add(data, samples=samples, bounds=attack.bounds)
+    return assessment, report
+
+
+def load_baseline(path: Path) -> dict[str, Any]:
+    """Read a baseline; OptionError where it is none."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise OptionError(f"--baseline must be a baseline but {path} is missing; --update writes it") from None
+    except (OSError, ValueError) as e:
+        raise OptionError(f"--baseline must be a baseline but {path} cannot be read: {e}") from None
+    parts = {"settings": dict, "figures": dict, "reference": dict, "accused": dict, "flags": list, "tolerance": float}
+    whole = isinstance(stored, dict) and stored.get("format") == FORMAT
+    if not whole or not all(isinstance(stored.get(name), kind) for name, kind in parts.items()):
+        raise OptionError(f"--baseline must be of this version but {path} is not; --update writes it anew")
+    return dict(stored)
+
+
+def _same_settings(settings: dict[str, Any], stored: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        if stored["settings"].get(name) != value:
+            option = {"attacks": "attack"}.get(name, name)
+            was = stored["settings"].get(name)
+            raise OptionError(f"--{option} must be as in the baseline, {was}, but is {value}; or write it by --update")
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _attacked(options: AttackOptions, model: Any, x: Array, y: Array, say: Callable[[str], None]) -> EpsSweep:
+    radii = ", ".join(f"{e:g}" for e in options.eps)
+    say(f"attacks    {', '.join(options.attacks)} on {len(x):,} inputs, radius {radii}")
+    data = mx.array(x.astype(np.float32)), mx.array(y.astype(np.int32))
+    return accuracy_over_eps(
+        model,
+        data,
+        lambda eps: make_attacks(options, eps),
+        options.eps,
+        batch_size=options.batch_size,
+        checks=options.checks,
+        progress=options.progress,
+    )
+
+
+def _measured(sweep: EpsSweep) -> list[Measured]:
+    first = next(iter(sweep.reports.values()))
+    measured, standing = [Measured("clean accuracy", first.correct)], first.correct
+    for eps, report in sweep.reports.items():
+        standing = standing & report.correct & ~report.fooled.any(axis=0)
+        measured.append(Measured(f"robust accuracy at {eps:g}", standing))
+    return measured
+
+
+def _columns(model: Any, x: Array, batch_size: int) -> dict[str, Array]:
+    """What drift looks at: inputs, or projections of them, and what the model makes of them."""
+    flat = x.reshape(len(x), -1).astype(np.float64)
+    if flat.shape[1] <= MOST_COLUMNS:
+        columns = {f"input {j}": flat[:, j] for j in range(flat.shape[1])}
+    else:
+        directions = np.random.default_rng(0).normal(size=(flat.shape[1], PROJECTIONS)) / np.sqrt(flat.shape[1])
+        columns = {f"projection {j}": column for j, column in enumerate((flat @ directions).T)}
+        columns |= {"mean of an input": flat.mean(axis=1), "spread of an input": flat.std(axis=1)}
+    logits = [np.array(model(mx.array(x[i : i + batch_size].astype(np.float32)))) for i in range(0, len(x), batch_size)]
+    scores = np.concatenate(logits).astype(np.float64)
+    shifted = np.exp(scores - scores.max(axis=1, keepdims=True))
+    confidence = (shifted / shifted.sum(axis=1, keepdims=True)).max(axis=1)
+    rounded = {name: np.array([float(f"{v:.6g}") for v in column]) for name, column in columns.items()}
+    return rounded | {"confidence": confidence.round(6), "predicted class": scores.argmax(axis=1)}
+
+
+def _drift(stored: dict[str, Any], columns: dict[str, Array], seed: int) -> DriftReport:
+    try:
+        reference = {name: np.asarray(v) for name, v in stored["reference"].items()}
+        return Drift(reference, alpha=ALPHA, categorical=["predicted class"], seed=seed).compare(columns)
+    except ValueError as e:
+        raise OptionError(f"--data must be like those of the baseline but {e}") from None
+
+
+def _scan(model: Any, x: Array, y: Array, options: AttackOptions, say: Callable[[str], None]) -> Any:
+    if importlib.util.find_spec("mlx_bulwark.poison.scan") is None:
+        raise OptionError("--train must be left out: this version has no scan for poison")
+    from importlib import import_module
+
+    say(f"scan       of {len(x):,} training rows for poison")
+    found = import_module("mlx_bulwark.poison.scan")
+    return found.scan(model, x, y, batch_size=options.batch_size, seed=options.seed)
+
+
+def _digest(x: Array, y: Array) -> str:
+    digest = hashlib.sha256(f"{x.dtype} {x.shape} {y.shape}".encode())
+    for array in (np.ascontiguousarray(x), np.ascontiguousarray(y.astype(np.int64))):
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _bits(m: Measured) -> str:
+    return np.packbits(m.right).tobytes().hex()
+
+
+def _right(figure: dict[str, Any]) -> Array:
+    packed = np.frombuffer(bytes.fromhex(figure["bits"]), np.uint8)
+    right: Array = np.unpackbits(packed, count=figure["inputs"]).astype(bool)
+    return right
+
+
+def _write(path: Path, baseline: dict[str, Any]) -> None:
+    path.write_text(json.dumps(baseline, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _compared(
+    stored: dict[str, Any] | None, now: dict[str, Any], drift: DriftReport | None, tolerance: float
+) -> dict[str, Any]:
+    figures, events = [], []
+    if stored is not None:
+        paired = stored["data"] == now["data"]
+        level = ALPHA / len(now["figures"])
+        for name, figure in now["figures"].items():
+            figures.append(_figure(name, stored["figures"][name], figure, paired, level, tolerance))
+        if drift is not None and drift.drift:
+            events.append(
+                f"the data or what the model makes of them drifted: {', '.join(r.name for r in drift.findings)}"
+            )
+        events += [f"the attacks raise a doubt that is new: {f}" for f in now["flags"] if f not in stored["flags"]]
+        events += [f"the {what}" for what, is_so in now["accused"].items() if is_so and not stored["accused"].get(what)]
+    else:
+        figures = [
+            {
+                "name": name,
+                "before": None,
+                "now": f["right"] / f["inputs"],
+                "inputs": f["inputs"],
+                "p_value": None,
+                "worse": False,
+            }
+            for name, f in now["figures"].items()
+        ]
+    return {
+        "kind": "assessment",
+        "ok": not events and not any(f["worse"] for f in figures),
+        "baseline": None if stored is None else stored.get("created"),
+        "tolerance": tolerance,
+        "alpha": ALPHA,
+        "paired": stored is not None and stored["data"] == now["data"],
+        "figures": figures,
+        "events": events,
+    }
+
+
+def _figure(
+    name: str, before: dict[str, Any], now: dict[str, Any], paired: bool, level: float, tolerance: float
+) -> dict[str, Any]:
+    shares = [f["right"] / f["inputs"] for f in (before, now)]
+    p_value = lost_by_chance(_right(before), _right(now)) if paired else dropped_by_chance(before, now)
+    worse = p_value <= level and shares[0] - shares[1] > tolerance
+    found = {"name": name, "before": shares[0], "now": shares[1], "inputs": now["inputs"]}
+    return found | {"p_value": p_value, "worse": worse}
+
+
+def lost_by_chance(before: Array, now: Array) -> float:
+    """P-value of McNemar's exact test, one-sided: so many inputs lost among those that changed, on the same inputs."""
+    from scipy.stats import binom
+
+    lost, won = int((before & ~now).sum()), int((~before & now).sum())
+    return float(binom.sf(lost - 1, lost + won, 0.5)) if lost + won else 1.0
+
+
+def dropped_by_chance(before: dict[str, Any], now: dict[str, Any]) -> float:
+    """P-value of Fisher's exact test, one-sided: so much smaller a share of other inputs."""
+    from scipy.stats import hypergeom
+
+    right, n0, n1 = before["right"] + now["right"], before["inputs"], now["inputs"]
+    return float(hypergeom.cdf(now["right"], n0 + n1, right, n1))

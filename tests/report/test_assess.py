@@ -1,0 +1,119 @@
+"""The regular assessment: nothing is cried over noise, a planted regression is found and named."""
+
+import json
+import sys
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx_bulwark import cli
+from mlx_bulwark.report.assess import dropped_by_chance, lost_by_chance
+from scipy import stats
+
+MODEL = "import mlx.nn as nn\ndef make():\n    return nn.Linear(8, 3)\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A linear model of three classes, its data, and others from the same source."""
+    tmp_path = tmp_path_factory.mktemp("assessed")
+    rng = np.random.default_rng(0)
+    (tmp_path / "assessed_model.py").write_text(MODEL)
+    w = rng.normal(size=(3, 8))
+    for name in ("held", "other"):
+        x = rng.uniform(0.2, 0.8, (400, 8)).astype(np.float32)
+        noisy = (x - 0.5) @ w.T + rng.gumbel(size=(400, 3)) / 8
+        np.savez(tmp_path / f"{name}.npz", x=x, y=noisy.argmax(axis=1))
+    np.savez(tmp_path / "shifted.npz", x=(x * 0.5).astype(np.float32), y=noisy.argmax(axis=1))
+    save(tmp_path / "good.safetensors", w)
+    save(tmp_path / "bad.safetensors", w + rng.normal(size=w.shape) * 0.6)
+    return tmp_path
+
+
+def save(path, w):
+    model = nn.Linear(8, 3)
+    model.weight, model.bias = mx.array(w.astype(np.float32)), mx.array((-0.5 * w.sum(axis=1)).astype(np.float32))
+    model.save_weights(str(path))
+
+
+@pytest.fixture
+def assess(folder, monkeypatch, capsys):
+    """Run the command within this process, in the folder."""
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+
+    def run(*more, weights="good", data="held", baseline="base.json", eps="0.05"):
+        files = ["--weights", f"{weights}.safetensors", "--data", f"{data}.npz", "--baseline", baseline, "--out", "out"]
+        options = ["--model", "assessed_model:make", "--no-progress", "--eps", eps, *more]
+        monkeypatch.setattr(sys, "argv", ["mlx-bulwark", "assess", *options, *files])
+        with pytest.raises(SystemExit) as exited:
+            cli.main()
+        return exited.value.code, *capsys.readouterr()
+
+    if not (folder / "base.json").exists():
+        assert run("--update")[0] == 0
+    return run
+
+
+def test_the_same_again_is_not_worse(assess, folder):
+    code, said, _ = assess("--json")
+    found = json.loads(said)
+    assert (code, found["ok"], found["paired"], found["events"]) == (0, True, True, [])
+    assert [f["p_value"] for f in found["figures"]] == [1.0, 1.0]
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert [s["kind"] for s in report["sections"]] == ["assessment", "robust_accuracy", "drift"]
+    assert "Nothing is worse" in (folder / "out" / "report.html").read_text()
+
+
+def test_other_data_of_the_same_source_are_not_worse(assess):
+    found = json.loads(assess("--json", data="other")[1])
+    assert (found["ok"], found["paired"], [f["worse"] for f in found["figures"]]) == (True, False, [False, False])
+
+
+def test_worse_weights_are_named(assess):
+    code, said, _ = assess(weights="bad")
+    assert code == 1
+    assert "WORSE  clean accuracy" in said
+    assert "Worse than the baseline of" in said
+
+
+def test_a_drop_within_the_tolerance_is_no_regression(assess):
+    found = json.loads(assess("--json", "--tolerance", "0.99", weights="bad")[1])
+    assert [f["worse"] for f in found["figures"]] == [False, False]
+
+
+def test_drift_is_named(assess):
+    code, said, _ = assess(data="shifted")
+    assert code == 1
+    assert "drifted: input 0" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "options", "words"),
+    [
+        ([], {"eps": "0.1"}, "--eps must be as in the baseline"),
+        (["--norm", "l2"], {}, "--norm must be as in the baseline"),
+        (["--tolerance", "2"], {}, "--tolerance must be at least 0"),
+        ([], {"baseline": "no.json"}, "--update writes it"),
+        ([], {"baseline": "held.npz"}, "--baseline must be a baseline"),
+    ],
+)
+def test_misuse(assess, more, options, words):
+    code, said, told = assess(*more, **options)
+    assert (code, said) == (2, "")
+    assert words in told
+
+
+def test_p_values_are_those_of_scipy():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        before, now = rng.random(60) < 0.8, rng.random(60) < 0.7
+        lost, won = (before & ~now).sum(), (~before & now).sum()
+        assert lost_by_chance(before, now) == pytest.approx(
+            stats.binomtest(lost, lost + won, alternative="greater").pvalue
+        )
+        old, new = {"right": 50, "inputs": 60}, {"right": int(now.sum()), "inputs": 60}
+        odds = [[old["right"], 10], [new["right"], 60 - new["right"]]]
+        assert dropped_by_chance(old, new) == pytest.approx(stats.fisher_exact(odds, alternative="greater").pvalue)
+    assert lost_by_chance(before, before) == 1.0
