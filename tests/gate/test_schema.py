@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlx_bulwark import gate
 from mlx_bulwark.gate import (
     Field,
     GateError,
@@ -320,3 +321,32 @@ def test_datetimes_have_a_first_and_a_last_moment():
 )
 def test_rules_of_another_type_are_not_passed_over(rule, values):
     assert Schema(fields={"x": rule}).check({"x": values}).counts["type"] == 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.array([1.0, np.nan, 2.0, 1.0, np.nan, 2.0]),
+        np.array(["a", None, "b", "a", None, "b"], object),
+        np.array(["2024-01-01", "NaT", "2024-01-02", "2024-01-01", "NaT", "2024-01-02"], "M8[s]"),
+        np.array([[1, 2], [1, 1], [2, 1], [1, 2], [3, 3], [2, 1]]),
+    ],
+    ids=["numbers", "texts", "datetimes", "rows"],
+)
+def test_values_of_a_key_are_unique(values):
+    schema = Schema(fields={"key": Field(unique=True, missing=1)})
+    assert schema.check({"key": values[:3]}).ok
+    (finding,) = schema.check({"key": values}).findings
+    assert (finding.rule, finding.rows) == ("unique", (3, 5))
+    stream = gate.stream([{"key": values[:3]}, {"key": values[3:]}], schema, policy="report")
+    assert len(list(stream)) == 2
+    assert stream.report.counts["unique"] == 2
+
+
+def test_several_keys_and_whole_rows_are_told_apart_in_streams():
+    schema = Schema(fields={"a": Field(unique=True), "b": Field(unique=True)}, duplicates=0.0)
+    batches = [{"a": np.array([1, 2]), "b": np.array([2, 1])}, {"a": np.array([3, 4]), "b": np.array([4, 1])}]
+    stream = gate.stream(batches, schema, policy="report")
+    assert len(list(stream)) == 2
+    assert stream.report.counts["unique"] == 1
+    assert stream.report.counts["duplicates"] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -32,6 +33,21 @@ def compared(check: Check, chosen: tuple[str, ...] | None, label: bool) -> list[
     """Fields that tell whether rows are the same."""
     names = [n for n in (chosen or check.batch.arrays) if n in check.batch.arrays]
     return [n for n in names if label or chosen or n != check.schema.label]
+
+
+def check_unique(check: Check, name: str) -> None:
+    """Hold that no row repeats the value of an earlier one in a field."""
+    a = check.batch.arrays[name]
+    hashes = row_hashes([a])
+    bad = np.arange(len(a)) != leaders([a], hashes)
+    if check.memory is not None:
+        bad |= check.memory.seen(hashes ^ np.uint64(zlib.crc32(name.encode()) << 32))  # beside those of whole rows
+    flat = by_row(a, len(a))
+    if a.dtype.kind == "O":
+        missing = np.array([any(v is None or v != v for v in row) for row in flat], bool)
+    else:
+        missing = (flat != flat).any(axis=1)
+    check.rows("unique", name, bad & ~missing, "repeat no earlier value", "{} rows do")
 
 
 def _exact(check: Check, share: float) -> None:

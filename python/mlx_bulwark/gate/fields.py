@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy import stats
 
+from .copies import check_unique
 from .report import NAMED_ROWS, Mask
 from .rules import Field, Outlier, Trusted
 from .statistics import Array, ChannelStatistics, Float64, by_row, channels, laid_out, pieces
@@ -31,6 +32,8 @@ def check_field(check: Check, name: str, rule: Field) -> None:
         _numbers(check, name, rule, a)
     else:
         _others(check, name, rule, a)
+    if rule.unique:
+        check_unique(check, name)
     if rule.values is not None or rule.shares is not None or rule.distinct is not None or _counted(rule):
         _values(check, name, rule, a)
 

@@ -58,7 +58,7 @@ def to_pandera(schema: Schema) -> Any:
         if rule.values is not None:
             checks.append(pa.Check.isin(list(rule.values), name="values"))
         dtype = rule.dtype if rule.dtype not in ("text", "datetime", "floating", "integer", "number") else None
-        columns[name] = pa.Column(dtype, checks, nullable=rule.missing > 0, required=rule.required)
+        columns[name] = pa.Column(dtype, checks, nullable=rule.missing > 0, unique=rule.unique, required=rule.required)
     return pa.DataFrameSchema(columns, strict=not schema.extra, ordered=schema.ordered)
 
 

@@ -79,6 +79,7 @@ class Field:
         mean: Least and largest mean of every channel.
         std: Least and largest standard deviation of every channel.
         distinct: Least and largest number of different values.
+        unique: Whether no row repeats the value of an earlier one, as of a key; missing ones do not count.
         outlier: Robust limit.
         pattern: Regular expression that the whole of a text matches.
         max_length: Most characters of a text.
@@ -101,6 +102,7 @@ class Field:
     mean: tuple[float, float] | None = None
     std: tuple[float, float] | None = None
     distinct: tuple[int, int | None] | None = None
+    unique: bool = False
     outlier: Outlier | None = None
     pattern: str | None = None
     max_length: int | None = None
