@@ -14,6 +14,7 @@ from .pruning import FinePruned, PruningCheck, fine_prune, pruning_check
 from .spectral import spectral_signatures
 from .spectre import spectre
 from .strip import STRIP
+from .text import SuspectPhrase, TextReport, scan_text
 
 __all__ = [
     "STRIP",
@@ -28,6 +29,8 @@ __all__ = [
     "NeuralCleanse",
     "PruningCheck",
     "ReversedTrigger",
+    "SuspectPhrase",
+    "TextReport",
     "activation_clustering",
     "attacks",
     "cross_fitted",
@@ -39,6 +42,7 @@ __all__ = [
     "neural_cleanse",
     "penultimate_features",
     "pruning_check",
+    "scan_text",
     "self_influence",
     "spectral_signatures",
     "spectre",
