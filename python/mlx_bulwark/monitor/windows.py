@@ -10,7 +10,7 @@ from ..gate import chi_square, kolmogorov_smirnov, maximum_mean_discrepancy, pop
 
 Array = np.ndarray[Any, Any]
 Kind = Literal["numbers", "classes"]
-MOST_COMPARED = 1000  # rows of each side in the MMD
+MOST_COMPARED = 500  # rows of each side in the MMD
 BINS = 10  # of the PSI
 LEAST_MMD = 0.03  # as of gate.Drift
 
