@@ -57,8 +57,11 @@ def by_class(y: Array, least: int = LEAST_ROWS) -> Iterator[tuple[int, Array]]:
 
 def principal(rows: Array, components: int) -> Array:
     """Centred rows in the directions of most variance, at most as many as vary."""
+    if not rows.size:
+        return np.zeros((len(rows), 0))
     centred = rows - rows.mean(axis=0)
-    _, values, directions = np.linalg.svd(centred, full_matrices=False)
-    kept = int((values > 1e-9 * max(float(values.max(initial=0)), 1e-300)).sum())
-    projected: Array = centred @ directions[: min(components, kept)].T
+    centred = centred / (float(np.abs(centred).max()) or 1.0)
+    variances, directions = np.linalg.eigh(centred.T @ centred)  # ascending
+    kept = int((variances > 1e-12 * max(float(variances[-1]), 1e-300)).sum())
+    projected: Array = (rows - rows.mean(axis=0)) @ directions[:, ::-1][:, : min(components, kept)]
     return projected

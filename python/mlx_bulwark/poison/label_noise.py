@@ -169,5 +169,5 @@ def _regression(x: Array, y: Array, classes: int, regularization: float, start: 
         gradient[:, :-1] += regularization * weights[:, :-1]
         return penalty - float(logits[rows, y].sum()), gradient.ravel()
 
-    found: Array = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 100}).x
+    found: Array = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 40}).x
     return found

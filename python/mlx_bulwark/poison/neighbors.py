@@ -41,7 +41,7 @@ def deep_knn(features: Any, y: Any, *, k: int = 20) -> Detection:
     features, y = checked("deep_knn", features, y)
     if k < 1:
         raise ValueError(f"[deep_knn] k must be 1 or more but is {k}")
-    shares = neighbor_shares(features, y, k)
+    shares = shares_among(features, features, y, k, itself=True)
     rows = np.arange(len(y))
     own = shares[rows, y] if len(y) else np.zeros(0)
     others = shares.copy()
@@ -50,16 +50,16 @@ def deep_knn(features: Any, y: Any, *, k: int = 20) -> Detection:
     return Detection(scores, {label: float((scores[r] > 0).mean()) for label, r in by_class(y)})
 
 
-def neighbor_shares(features: Array, y: Array, k: int) -> Array:
-    """``[n, classes]``: share of each label among a row's k nearest."""
-    n = len(y)
+def shares_among(rows: Array, among: Array, y: Array, k: int, *, itself: bool) -> Array:
+    """``[n, classes]``: share of each label among the k nearest; of themselves where the rows are among them."""
     classes = int(y.max(initial=0)) + 1
-    k = min(k, n - 1)
-    if k < 1:
-        return np.zeros((n, classes))
-    centred = features - features.mean(axis=0)
-    largest = float(np.abs(centred).max(initial=0)) or 1.0
-    nearest = np.array(knn(mx.array((centred / largest).astype(np.float32)), k=k).indices)
-    flat = np.repeat(np.arange(n), k) * classes + y[nearest].ravel()
-    shares: Array = np.bincount(flat, minlength=n * classes).reshape(n, classes) / k
+    k = min(k, len(among) - itself)
+    if k < 1 or not len(rows):
+        return np.zeros((len(rows), classes))
+    middle = among.mean(axis=0)
+    largest = max(float(np.abs(a - middle).max(initial=0)) for a in (rows, among)) or 1.0
+    x, other = (mx.array(((a - middle) / largest).astype(np.float32)) for a in (rows, among))
+    nearest = np.array((knn(x, k=k) if itself else knn(x, other, k=k)).indices)
+    flat = np.repeat(np.arange(len(rows)), k) * classes + y[nearest].ravel()
+    shares: Array = np.bincount(flat, minlength=len(rows) * classes).reshape(len(rows), classes) / k
     return shares

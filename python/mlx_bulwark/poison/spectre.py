@@ -7,7 +7,7 @@ from scipy.linalg import solve_triangular
 
 from .classes import Array, Detection, by_class, checked, principal
 
-STARTS, STEPS = 20, 10
+STARTS, STEPS = 6, 10
 SHARPNESS = 4.0  # of quantum entropy: between the norm (0) and the top direction alone (infinity)
 
 
