@@ -33,3 +33,13 @@ def test_the_simulator_is_expected():
     done = pytest_with(BULWARK_EXPECT_SIM="1", BULWARK_TEST_BACKENDS="metal-sim", PATH="")
     assert done.returncode == 1
     assert "the Metal simulator" in done.stdout
+
+
+def test_a_browser_is_expected():
+    tests = Path(__file__).parent / "report" / "test_browser.py"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests, "-k", "landmarks"]
+    for expected, code in (("1", 1), ("", 0)):
+        environment = os.environ | {"BULWARK_EXPECT_BROWSER": expected, "PATH": ""}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == code
+    assert "1 skipped" in done.stdout

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from datetime import datetime, timezone
+from itertools import pairwise
 
 import pytest
 from mlx_bulwark.report import Report
@@ -97,7 +98,7 @@ def test_headings_pictures_and_a_quiet_console(shown, page):
     levels = shown.execute_script("return [...document.querySelectorAll('h1,h2,h3,h4')].map(h => +h.tagName[1])")
     assert levels.count(1) == 1
     assert levels[:2] == [1, 2]
-    assert all(b <= a + 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert all(b <= a + 1 for a, b in pairwise(levels))
     assert levels.count(2) == len(EXAMPLES) + 1
     pictures = shown.execute_script("return [...document.images].map(i => [i.complete, i.naturalWidth, i.alt])")
     assert len(pictures) == 7
@@ -140,12 +141,8 @@ def test_themes_differ_and_can_be_chosen(shown):
         shown.execute_script(f"document.getElementById('theme-{theme}').click()")
         chosen[theme] = shown.execute_script(ground)
     assert chosen["light"] != chosen["dark"]
-    assert (
-        preferred
-        == chosen[
-            "dark" if shown.execute_script("return matchMedia('(prefers-color-scheme: dark)').matches") else "light"
-        ]
-    )
+    dark = shown.execute_script("return matchMedia('(prefers-color-scheme: dark)').matches")
+    assert preferred == chosen["dark" if dark else "light"]
 
 
 def test_the_keyboard_reaches_everything_in_order(browser, page):

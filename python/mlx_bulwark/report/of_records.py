@@ -101,7 +101,7 @@ def _monitor(data: Data) -> Section:
         ]
         marked = [i for i, w in enumerate(windows.values()) if w["drift"]]
         section.tables.append(table("Windows of drift", ("window", "p", "effect", "verdict"), rows, "p|effect", marked))
-    if waiting := data.get("outbox"):
+    if waiting := {name: n for name, n in (data.get("outbox") or {}).items() if n}:
         section.notes.append(f"Alerts that wait for delivery: {plain_words(waiting)}.")
     return section
 

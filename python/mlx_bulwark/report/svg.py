@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 400, 250  # about the width of a telephone, so that letters are readable there
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 60, 14, 14, 46
 LINE = 16  # height of a line of the legend
-CHARACTER = 6.4  # width of a letter of 11 px, about
+CHARACTER = 6.8  # width of a letter of 12 px, about
 COLOURS = 6
 MOST_POINTS = 1500  # of a line: more are not seen
 
@@ -166,7 +166,7 @@ def _frame(axes: Axes, across: _Scale, up: _Scale) -> list[str]:
     middle = (TOP + bottom) / 2
     parts.append(
         _filled(
-            '<text class="name" transform="translate(12 {}) rotate(-90)" text-anchor="middle">{}</text>', middle, axes.y
+            '<text class="name" transform="translate(11 {}) rotate(-90)" text-anchor="middle">{}</text>', middle, axes.y
         )
     )
     parts.append(_x_name(axes.x, LEFT, HEIGHT))
@@ -288,7 +288,7 @@ def _tick_text(value: float, ticks: Sequence[float], as_percent: bool) -> str:
         return f"{100 * value:.3g} %"
     gap = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else abs(value) or 1.0
     digits = max(0, -math.floor(math.log10(gap) + 1e-9)) if gap else 0
-    if gap < 10**-digits * (1 - 1e-9) or round(gap * 10**digits) != gap * 10**digits:
+    if abs(round(gap, digits) - gap) > 1e-6 * gap:  # steps of 2.5
         digits += 1
     if digits > 4 or abs(value) >= 1e6:
         return f"{value:.3g}"
