@@ -8,7 +8,7 @@ from ..report import Section
 from ..report.parts import Figure, Gallery, Picture, Plot, Table
 from ..report.png import data_uri
 from ..report.svg import Axes, Level, Series, line_chart
-from .data import Array
+from .data import DATASETS, Array
 from .figures import Figures, finite
 from .stage import percent
 
@@ -16,7 +16,7 @@ from .stage import percent
 def layers(figures: Figures) -> Section:
     """All stages in one table, each with its reason."""
     rows = [
-        (stage["title"], stage["reason"], stage["what"], stage["without"], stage["defended"])
+        (stage["title"], stage["what"], stage["without"], stage["defended"], stage["reason"])
         for stage in figures.stages.values()
     ]
     left_out = " The run was interrupted: what is missing here was not reached." if figures.interrupted else ""
@@ -24,10 +24,10 @@ def layers(figures: Figures) -> Section:
         "demo",
         "The layers",
         "info",
-        f"{len(rows)} layers around a small network for handwritten digits ({figures.dataset}): none of them is enough "
-        f"alone, and each is here for another reason.{left_out}",
+        f"{len(rows)} stages around a small network, on {DATASETS[figures.dataset].title}: no layer is enough alone, "
+        f"and each is here for another reason.{left_out}",
     )
-    columns = ("layer", "why it is there", "figure", "without", "with it")
+    columns = ("layer", "figure", "without", "with it", "why it is there")
     section.tables.append(Table("Each layer and what it changed", columns, rows))
     return section
 
@@ -63,7 +63,7 @@ def poisoned(found: dict[str, Any], before: Array, after: Array) -> Section:
         f"{percent(found['test_accuracy'])} of the test digits named right, and "
         f"{percent(found['attack_success_rate'])} of those of other digits are called "
         f"{found['target']} once they bear the patch.",
-        advice="Scan what models are trained on: the next section finds this poison.",
+        advice="Scan what models are trained on, and look at models from elsewhere (mlx_bulwark.poison).",
         data=finite(found),
     )
     if found["gate"]["ok"]:
@@ -227,8 +227,9 @@ def monitored(found: dict[str, Any], clean: Array, dirty: Array) -> Section:
             if delay is not None
             else f"From batch {drop} on the lens was dirty, and no alert came."
         )
-        + f" Before, there were {found['false_alerts']} alerts.",
-        "Charts and drift tests are set to one false alarm in about 1,000 points or tests each.",
+        + f" False alerts before: {found['false_alerts']}.",
+        "Charts and drift tests are set to one false alarm in about 1,000 points or tests each. The baseline holds the "
+        "digits that the stream is drawn from.",
         data=finite(found),
     )
     batches = list(range(found["batches"]))

@@ -27,7 +27,9 @@ def monitor(scene: Scene) -> Outcome:
     drop = batches // 2
     file = scene.options.out / "alerts.jsonl"
     file.unlink(missing_ok=True)
-    baseline = Baseline.from_data(model, scene.trusted.x, scene.trusted.y)
+    # the stream draws the same few test digits again and again: a baseline without them would differ from it for good
+    known = np.concatenate([scene.trusted.x, scene.test.x]), np.concatenate([scene.trusted.y, scene.test.y])
+    baseline = Baseline.from_data(model, *known)
     shares: list[float] = []
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -58,7 +60,7 @@ def monitor(scene: Scene) -> Outcome:
     }
     shown = scene.test.x[:SHOWN]
     section = monitored(figures, shown, _dirty(shown, np.random.default_rng(scene.options.seed)))
-    told = f"{delay + 1} batches" if delay is not None else "not found"
+    told = "not found" if delay is None else f"{delay + 1} batch{'es' if delay else ''}"
     return Outcome(figures, "a planted drop is found after", "never", told, section)
 
 
