@@ -185,7 +185,7 @@ EXAMPLES = {
             }
         },
         "windows": {"inputs": {"p_value": 1e-5, "effect": 0.3, "drift": True}, "predictions": {"drift": None}},
-        "outbox": {"log": 0},
+        "outbox": {"log": {"waiting": 0}},
         "open_alerts": {"critical": 1, "warning": 0},
         "alerts": [ALERT],
     },

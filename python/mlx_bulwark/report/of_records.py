@@ -83,7 +83,7 @@ def _monitor(data: Data) -> Section:
     run_length = data.get("run_length")
     section.sure = f"Seen so far: {seen or 'nothing'}."
     if run_length:
-        section.sure += f" Each chart gives a false alarm every {real(run_length):,.0f} points on average."
+        section.sure += f" All charts together are set to one false alarm in {real(run_length):,.0f} points on average."
     for name, found in list(data["series"].items())[:MOST_CHARTS]:
         if found["points"]:
             section.plots.append(_control_chart(name, found))
@@ -101,7 +101,7 @@ def _monitor(data: Data) -> Section:
         ]
         marked = [i for i, w in enumerate(windows.values()) if w["drift"]]
         section.tables.append(table("Windows of drift", ("window", "p", "effect", "verdict"), rows, "p|effect", marked))
-    if waiting := {name: n for name, n in (data.get("outbox") or {}).items() if n}:
+    if waiting := {name: box["waiting"] for name, box in (data.get("outbox") or {}).items() if box["waiting"]}:
         section.notes.append(f"Alerts that wait for delivery: {plain_words(waiting)}.")
     return section
 
