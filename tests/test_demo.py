@@ -282,6 +282,21 @@ def test_a_patch_opens_the_backdoor_of_a_model_that_looks_well(layered):
     assert found["test_accuracy"] > 0.85
 
 
+def test_the_scan_finds_the_poison_and_training_without_it_shuts_the_backdoor(layered):
+    found = layered[1].stages["scan"]["figures"]
+    assert found["accused"]
+    assert found["recall"] > 0.9
+    assert found["precision"] > 0.9
+    assert found["attack_success_rate_before"] == layered[1].stages["poison"]["figures"]["attack_success_rate"]
+    assert found["attack_success_rate"] < 0.05
+    assert found["test_accuracy"] > found["test_accuracy_before"] - 0.03
+
+
+def test_a_stage_brings_what_it_needs():
+    assert DemoOptions(only=("scan",)).stages == ("poison", "scan")
+    assert "scan" not in DemoOptions(skip=("poison",)).stages
+
+
 def test_certified_accuracy_falls_with_the_radius(layered):
     found = layered[1].stages["certify"]["figures"]
     shares = list(found["certified_accuracy"].values())

@@ -23,9 +23,9 @@ INTERRUPTED = 130  # as shells count: 128 + SIGINT
 
 DEMO_HELP = """Defend a small network for handwritten digits, layer by layer, and attack it beside.
 
-The digits are checked and poisoned, a network is trained with differential privacy beside one without, certified, \
-attacked and watched, and a report is written for a person to read. Each stage says why it is there and shows its \
-figures. Ctrl-C ends it early with the figures so far.
+The digits are checked, poisoned and scanned; a network is trained with differential privacy beside one without, \
+certified, attacked and watched; and a report is written for a person to read. Each stage says why it is there and \
+shows its figures. Ctrl-C ends it early with the figures so far.
 
 Exit codes: 0 done, 1 a package is missing or a file cannot be written, 2 an option cannot be used, 130 interrupted."""
 

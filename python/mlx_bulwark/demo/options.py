@@ -11,8 +11,8 @@ DELTA_LIMITS = (1e-12, 0.1)
 SEED_LIMIT = 2**32
 FULL_STEPS = 100  # with fewer, every stage does less
 
-STAGES = ("check", "poison", "private", "certify", "attack", "monitor", "report")
-NEEDS: dict[str, str] = {}
+STAGES = ("check", "poison", "scan", "private", "certify", "attack", "monitor", "report")
+NEEDS = {"scan": "poison"}
 
 
 class OptionError(ValueError):

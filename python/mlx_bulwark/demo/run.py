@@ -17,6 +17,7 @@ from .stage_check import check
 from .stage_monitor import monitor
 from .stage_poison import poison
 from .stage_private import private
+from .stage_scan import scan
 
 
 class Stage(NamedTuple):
@@ -37,6 +38,11 @@ STAGES = {
         "Poison them, as an attacker would",
         "a backdoor hides where tests do not look: all is well, until an image bears the attacker's patch",
         poison,
+    ),
+    "scan": Stage(
+        "Find the poison, remove it, train again",
+        "poison within all rules shows in what the model made of it: rows that bear a label but not its features",
+        scan,
     ),
     "private": Stage(
         "Train privately",
