@@ -45,7 +45,7 @@ def assess(folder, monkeypatch, capsys):
 
     def run(*more, weights="good", data="held", baseline="base.json", eps="0.05"):
         files = ["--weights", f"{weights}.safetensors", "--data", f"{data}.npz", "--baseline", baseline, "--out", "out"]
-        options = ["--model", "assessed_model:make", "--no-progress", "--eps", eps, *more]
+        options = ["--model", "assessed_model:make", "--no-progress", "--eps", eps, "--no-inspect", *more]
         monkeypatch.setattr(sys, "argv", ["mlx-bulwark", "assess", *options, *files])
         with pytest.raises(SystemExit) as exited:
             cli.main()
@@ -69,6 +69,15 @@ def test_the_same_again_is_not_worse(assess, folder):
 def test_other_data_of_the_same_source_are_not_worse(assess):
     found = json.loads(assess("--json", data="other")[1])
     assert (found["ok"], found["paired"], [f["worse"] for f in found["figures"]]) == (True, False, [False, False])
+
+
+def test_scans_are_part_of_it(assess, folder):
+    code, said, _ = assess("--json", "--inspect", "--train", "other.npz")
+    assert (code, json.loads(said)["events"]) == (0, [])
+    report = json.loads((folder / "out" / "report.json").read_text())
+    kinds = ["assessment", "robust_accuracy", "drift", "model_inspection", "poison_scan"]
+    assert [s["kind"] for s in report["sections"]] == kinds
+    assert "not of the form" not in " ".join(s["verdict"] for s in report["sections"])
 
 
 def test_worse_weights_are_named(assess):

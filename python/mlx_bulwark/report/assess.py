@@ -1,7 +1,6 @@
 """The regular security assessment: attacks, scans and drift, held against a stored baseline."""
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from ..attacks.command import AttackOptions, make_attacks
 from ..attacks.evaluate import EpsSweep, accuracy_over_eps
 from ..gate.drift import Drift, DriftReport
+from ..poison.inspect import inspect
+from ..poison.scan import scan
 from ..smoothing.command import OptionError, load_data, load_model
 from .page import Report
 
@@ -34,6 +36,7 @@ class AssessOptions:
     Attributes:
         attack: What to attack, and how.
         train: Training data to scan for poison; None for no scan.
+        inspect: Look for a backdoor in the model, by the held-out data.
         baseline: The stored baseline.
         update: Write it in place of comparing to it.
         tolerance: Drop of an accuracy that does not matter; None for the baseline's.
@@ -41,6 +44,7 @@ class AssessOptions:
 
     attack: AttackOptions
     train: Path | None
+    inspect: bool
     baseline: Path
     update: bool
     tolerance: float | None
@@ -95,11 +99,25 @@ def assess(options: AssessOptions, say: Callable[[str], None]) -> tuple[dict[str
         drift = _drift(stored, columns, attack.seed)
         found.append((drift, None))
     accused = {}
+    if options.inspect:
+        say(f"inspection of the model by {len(x):,} held-out inputs")
+        inspected = inspect(
+            model,
+            (x, y),
+            bounds=attack.bounds,
+            batch_size=attack.batch_size,
+            seed=attack.seed,
+            progress=attack.progress,
+        )
+        found.append((inspected, None))
+        accused["model looks as one with a backdoor"] = inspected.accused
     if train is not None:
-        scanned = _scan(model, *train, attack, say)
-        if scanned is not None:
-            found.append((scanned, train[0]))
-            accused["training data look poisoned"] = bool(scanned.accused)
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"--train must go with a mlx.nn.Module but --model returned {type(model).__name__}")
+        say(f"scan       of {len(train[0]):,} training rows for poison")
+        scanned = scan(model, *train, batch_size=attack.batch_size, seed=attack.seed)
+        found.append((scanned, train[0]))
+        accused["training data look poisoned"] = scanned.accused
     now = {
         "kind": "assessment baseline",
         "format": FORMAT,
@@ -195,16 +213,6 @@ def _drift(stored: dict[str, Any], columns: dict[str, Array], seed: int) -> Drif
         return Drift(reference, alpha=ALPHA, categorical=["predicted class"], seed=seed).compare(columns)
     except ValueError as e:
         raise OptionError(f"--data must be like those of the baseline but {e}") from None
-
-
-def _scan(model: Any, x: Array, y: Array, options: AttackOptions, say: Callable[[str], None]) -> Any:
-    if importlib.util.find_spec("mlx_bulwark.poison.scan") is None:
-        raise OptionError("--train must be left out: this version has no scan for poison")
-    from importlib import import_module
-
-    say(f"scan       of {len(x):,} training rows for poison")
-    found = import_module("mlx_bulwark.poison.scan")
-    return found.scan(model, x, y, batch_size=options.batch_size, seed=options.seed)
 
 
 def _digest(x: Array, y: Array) -> str:

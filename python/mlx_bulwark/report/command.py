@@ -19,9 +19,9 @@ Exit codes: 0 done, 1 a package is missing or a file cannot be read or written, 
 
 ASSESS_HELP = """Assess the security of a classifier, and hold it against a stored baseline.
 
-MODEL is module:function, DATA an .npz file as of the command attack. The model is attacked; its inputs, confidences \
-and classes are tested for drift; with --train the training data are scanned for poison. Settings must be those of \
-the baseline, which --update writes. The report goes to OUT/report.html and report.json.
+MODEL is module:function, DATA an .npz file as of the command attack. The model is attacked, its inputs, confidences \
+and classes are tested for drift, it is inspected for a backdoor, and with --train the training data are scanned for \
+poison. Settings must be those of the baseline, which --update writes. The report goes to OUT/report.html and .json.
 
 Exit codes: 0 nothing is worse, 1 something is worse than sampling explains, or the training data are newly accused, \
 2 an option or a file cannot be used or a package is missing, 130 interrupted."""
@@ -62,6 +62,7 @@ def add_commands(app: "typer.Typer") -> None:
         train: Annotated[
             Path | None, typer.Option(metavar="T.npz", help="Scan these training data.", show_default=False)
         ] = None,
+        inspect: Annotated[bool, typer.Option(help="Look for a backdoor, by the held-out inputs.")] = True,
         eps: Annotated[list[float] | None, typer.Option(help="Radius; may repeat. Default: 0.1.")] = None,
         norm: Annotated[str, typer.Option(metavar="linf|l2|l1", help="Of the radius.")] = "linf",
         attack: Annotated[list[str] | None, typer.Option(help="As of attack; may repeat. Default: fgsm, pgd.")] = None,
@@ -98,7 +99,7 @@ def add_commands(app: "typer.Typer") -> None:
             progress,
         )
         try:
-            sys.exit(_assess(AssessOptions(attacks, train, baseline, update, tolerance), out, as_json))
+            sys.exit(_assess(AssessOptions(attacks, train, inspect, baseline, update, tolerance), out, as_json))
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
 

@@ -223,7 +223,8 @@ def _show_triggers(section: Section, triggers: list[Data], classes: list[int]) -
             Gallery("Smallest change that leads any input to a class, the smallest first", pictures)
         )
     rows = [
-        (str(t["target"]), blank(t["norm"]), percent(real(t["success"])), blank(t["anomaly_index"])) for t in triggers
+        (str(t["target"]), blank(t["norm"]), percent(real(t["success"])), blank(t.get("anomaly_index")))
+        for t in triggers
     ]
     marked = [i for i, t in enumerate(triggers) if int(t["target"]) in classes]
     columns = ("class", "size", "success", "anomaly index")
