@@ -14,11 +14,8 @@ from .stage import percent
 
 
 def layers(figures: Figures) -> Section:
-    """All stages in one table, each with its reason."""
-    rows = [
-        (stage["title"], stage["what"], stage["without"], stage["defended"], stage["reason"])
-        for stage in figures.stages.values()
-    ]
+    """All stages, each with its reason and what it changed."""
+    rows = [(name, stage["what"], stage["without"], stage["defended"]) for name, stage in figures.stages.items()]
     left_out = " The run was interrupted: what is missing here was not reached." if figures.interrupted else ""
     section = Section(
         "demo",
@@ -27,8 +24,9 @@ def layers(figures: Figures) -> Section:
         f"{len(rows)} stages around a small network, on {DATASETS[figures.dataset].title}: no layer is enough alone, "
         f"and each is here for another reason.{left_out}",
     )
-    columns = ("layer", "figure", "without", "with it", "why it is there")
-    section.tables.append(Table("Each layer and what it changed", columns, rows))
+    section.notes = [f"{stage['title']}: {stage['reason']}." for stage in figures.stages.values()]
+    columns = ("stage", "figure", "without", "with it")
+    section.tables.append(Table("What each stage changed", columns, rows))
     return section
 
 
@@ -48,7 +46,7 @@ def checked(found: dict[str, Any], rules: int) -> Section:
         Figure("Trusted", f"{found['trusted_examples']:,}", "digits that the rules come from"),
         Figure("Arrived", f"{found['arrived_examples']:,}", "digits that were checked"),
         Figure("Rules", f"{rules}", "of type, range, labels and statistics"),
-        Figure("Manifest root", found["manifest_root"][:16], "changes with any byte of the files"),
+        Figure("Manifest root", found["manifest_root"][:12], "changes with any byte of the files"),
     ]
     return section
 

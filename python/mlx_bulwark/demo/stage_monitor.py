@@ -60,8 +60,8 @@ def monitor(scene: Scene) -> Outcome:
     }
     shown = scene.test.x[:SHOWN]
     section = monitored(figures, shown, _dirty(shown, np.random.default_rng(scene.options.seed)))
-    told = "not found" if delay is None else f"{delay + 1} batch{'es' if delay else ''}"
-    return Outcome(figures, "a planted drop is found after", "never", told, section)
+    told = "not found" if delay is None else str(delay + 1)
+    return Outcome(figures, "batches until a planted drop is found", "never", told, section)
 
 
 def _stream(test: Digits, batches: int, drop: int, seed: int) -> Iterator[Digits]:

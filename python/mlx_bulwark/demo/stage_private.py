@@ -15,5 +15,5 @@ def private(scene: Scene) -> Outcome:
     scene.tell("private", f"{percent(right)} of the test digits named right, at epsilon {figures.epsilon:.2f}")
     scene.tell("plain", f"{percent(plain)}, at no epsilon at all")
     told = {"epsilon": figures.epsilon, "test_accuracy": right, "nonprivate_test_accuracy": plain}
-    shares = f"{percent(plain)} (unbounded)", f"{percent(right)} ({figures.epsilon:.2f})"
-    return Outcome(told, "test accuracy (epsilon)", *shares, describe(figures))
+    what = f"test accuracy, at epsilon {figures.epsilon:.2f}"
+    return Outcome(told, what, percent(plain), percent(right), describe(figures))
