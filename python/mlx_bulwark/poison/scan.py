@@ -1,10 +1,9 @@
 """Is a training set poisoned, and which rows are to blame: several detectors, one ranking with reasons."""
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.nn as nn
 import numpy as np
@@ -21,9 +20,6 @@ from .neighbors import deep_knn, shares_among
 from .spectral import spectral_signatures
 from .spectre import spectre
 from .values import input_rows, telling_values
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 METHODS = (
     "spectral_signatures",
@@ -113,24 +109,19 @@ class ScanReport:
             return [f"{_TAILS[name]} is among the highest {max(above, 1 / len(own)):.1%} of its class"]
         return []
 
-    def table(self) -> "Table":
-        """Return a table for ``rich.print`` of what each method says of the set; rich comes with the extra ``cli``."""
-        try:
-            from rich.table import Table
-        except ImportError as e:
-            raise ImportError('[ScanReport] rich is missing; pip install "mlx-bulwark[cli]" brings it') from e
-        table = Table("method")
-        table.add_column("p", justify="right", no_wrap=True)
-        table.add_column("verdict", no_wrap=True)
-        table.add_column("why")
+    def table(self) -> str:
+        """Say what each method found, a line each: its name, its p-value, its verdict and why."""
+        lines = [("method", "p", "verdict", "why")]
         for name, m in self.methods.items():
             verdict = "poison" if m.accused else "ranks only" if m.p_value is None else "nothing found"
-            table.add_row(name, _short(m.p_value), verdict, m.reason, style="bold red" if m.accused else None)
-        for name, why in self.skipped.items():
-            table.add_row(name, "", "skipped", why, style="dim")
-        return table
+            lines.append((name, _short(m.p_value), verdict, m.reason))
+        lines += [(name, "", "skipped", why) for name, why in self.skipped.items()]
+        widths = [max(len(line[j]) for line in lines) for j in range(3)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[3]]) for line in lines
+        )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return verdicts, the suspects and the worst rows with their reasons as numbers, strings, lists and dicts."""
         return {
             "kind": "poison_scan",
@@ -155,10 +146,6 @@ class ScanReport:
                 for i in self.ranking[:WORST]
             ],
         }
-
-    def to_json(self) -> str:
-        """Return ``to_dict`` as JSON."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
 
 _WORDS = {  # the score above which a method speaks, and what it says
