@@ -21,7 +21,7 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attributes)))
 
     def handle_data(self, words):
-        self.words.append(words)
+        self.words.append(words.replace("\N{NO-BREAK SPACE}%", " %"))
 
 
 def hostile(value):

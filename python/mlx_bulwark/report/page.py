@@ -129,7 +129,9 @@ class Report:
             from jinja2 import Environment, StrictUndefined
         except ImportError as e:
             raise ImportError('[Report] jinja2 is missing; pip install "mlx-bulwark[report]" brings it') from e
-        environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+        environment = Environment(
+            autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_unbroken
+        )
         style = _shipped("style.css")
         digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
         return environment.from_string(_shipped("page.html")).render(
@@ -187,6 +189,11 @@ def as_data(found: Any) -> dict[str, Any]:
         raise ValueError(f"[Report.add] found must be a report or a JSON object but has {type(found).__name__}")
     plain: dict[str, Any] = _plain(found)
     return plain
+
+
+def _unbroken(value: Any) -> Any:
+    """No line ends between a number and its per cent."""
+    return value.replace(" %", "\N{NO-BREAK SPACE}%") if isinstance(value, str) else value
 
 
 def _plain(value: Any) -> Any:

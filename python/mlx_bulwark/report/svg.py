@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 WIDTH, HEIGHT = 400, 250  # about the width of a telephone, so that letters are readable there
-LEFT, RIGHT, TOP, BOTTOM = 60, 14, 14, 46
+LEFT, RIGHT, TOP, BOTTOM = 60, 14, 20, 46
 LINE = 16  # height of a line of the legend
 CHARACTER = 6.8  # width of a letter of 12 px, about
 COLOURS = 6
@@ -88,10 +88,14 @@ def line_chart(
     parts = _frame(axes, across, up)
     for level in levels:
         y = up(level.y)
-        above = y - 4 if y > TOP + 14 else y + 12
         parts.append(_filled('<line class="level" x1="{}" x2="{}" y1="{}" y2="{}"/>', LEFT, WIDTH - RIGHT, y, y))
         parts.append(
-            _filled('<text class="small" x="{}" y="{}" text-anchor="end">{}</text>', WIDTH - RIGHT, above, level.name)
+            _filled(
+                '<text class="small" x="{}" y="{}" text-anchor="end">{}</text>',
+                WIDTH - RIGHT,
+                round(y - 4, 1),
+                level.name,
+            )
         )
     for place, s in enumerate(series):
         parts += _drawn(s, f"s{place % COLOURS}", across, up)
