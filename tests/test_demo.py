@@ -3,6 +3,8 @@ import json
 import math
 import signal
 import struct
+import subprocess
+import sys
 from dataclasses import fields, replace
 
 import dp_accounting
@@ -368,3 +370,11 @@ def test_an_interrupted_stage_leaves_those_before(tmp_path):
     figures = run_demo(DemoOptions(steps=2, out=tmp_path, only=("check", "poison")), say=press)
     assert figures.interrupted
     assert list(figures.stages) == ["check"]
+
+
+def test_extras_are_not_imported_with_the_demo():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['sklearn', 'jinja2', 'threadpoolctl', 'matplotlib', 'rich']));"
+        "import mlx_bulwark.demo"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

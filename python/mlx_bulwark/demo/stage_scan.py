@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from ..poison import scan as scan_for_poison
 from ..poison.attacks import attack_success_rate
@@ -17,6 +16,8 @@ WORST = 12  # suspects whose images are shown
 
 def scan(scene: Scene) -> Outcome:
     """Scan the poisoned digits with the model that was trained on them, remove the suspects, and train again."""
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+
     assert scene.poisoned is not None
     assert scene.poisoned_model is not None
     poisoned, trusted = scene.poisoned, scene.trusted
