@@ -120,7 +120,7 @@ def _control_chart(name: str, found: Data) -> Plot:
     marks = Series("out of control", [x[i] for i in bad], [y[i] for i in bad]) if bad else None
     series = [Series(name, x, y, dots=len(y) <= 60)]
     words = f"{name}: {count(len(y), 'point')}, {len(bad)} out of control"
-    svg = line_chart(f"Control chart of {words}", Axes("point", name), series, levels, marks)
+    svg = line_chart(f"Control chart of {words}", Axes("point", name, whole=True), series, levels, marks)
     return Plot(svg, words + ("; dots in red are where a rule was broken." if bad else "."))
 
 

@@ -34,6 +34,11 @@ class Table:
     marked: frozenset[int] = frozenset()
     left_out: int = 0
 
+    @property
+    def long(self) -> frozenset[int]:
+        """Columns of sentences, which want room on a narrow screen."""
+        return frozenset(i for i in range(len(self.columns)) if any(len(row[i]) > 40 for row in self.rows))
+
 
 @dataclass(frozen=True)
 class Plot:

@@ -47,6 +47,7 @@ class Axes:
     x_range: tuple[float, float] | None = None
     y_range: tuple[float, float] | None = None
     percent: bool = False
+    whole: bool = False  # along x there are whole numbers alone
 
 
 @dataclass
@@ -164,8 +165,9 @@ def _frame(axes: Axes, across: _Scale, up: _Scale) -> list[str]:
         parts.append(_filled('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>', LEFT, WIDTH - RIGHT, y, y))
         text = _tick_text(tick, up.ticks, axes.percent)
         parts.append(_filled('<text x="{}" y="{}" text-anchor="end">{}</text>', LEFT - 6, y + 4, text))
-    for tick in across.ticks:
-        parts += _tick_down(across(tick), bottom, bottom + 4, _tick_text(tick, across.ticks, False))
+    along = [t for t in across.ticks if t == round(t)] if axes.whole else across.ticks
+    for tick in along:
+        parts += _tick_down(across(tick), bottom, bottom + 4, _tick_text(tick, along, False))
     parts.append(_filled('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>', LEFT, WIDTH - RIGHT, bottom, bottom))
     middle = (TOP + bottom) / 2
     parts.append(
