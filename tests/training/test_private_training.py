@@ -7,6 +7,7 @@ import mlx_bulwark as bw
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_bulwark.attacks import UniversalPatch
 from mlx_bulwark.training import (
     AdversarialWeightPerturbation,
     FreeAdversarialTraining,
@@ -131,6 +132,15 @@ def test_private_trades_holds_both_inputs_in_one_row(data):
 
     report = engine(1.0).check(model, (x, worst, y), loss_fn, noise_steps=0)
     assert max(report.loss_error, report.norm_error, report.sum_error, report.coupling_error) < 1e-4
+
+
+@pytest.mark.parametrize("of", ["apply", "itself"])
+def test_a_universal_perturbation_is_refused_with_the_reason(data, of):
+    patch = UniversalPatch((2, 2))
+    with pytest.raises(
+        bw.PrivacyError, match=r"\[batches\] augment must not be a universal.*changes the rows of the o"
+    ):
+        engine(1.0).batches(data, steps=1, augment=patch.apply if of == "apply" else patch)
 
 
 @pytest.mark.parametrize("wrapped", [False, True])

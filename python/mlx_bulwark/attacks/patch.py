@@ -60,6 +60,8 @@ class UniversalPatch:
         T. Brown et al., "Adversarial Patch", 2017.
     """
 
+    is_universal = True  # made from many inputs: private training refuses it
+
     def __init__(
         self,
         shape: tuple[int, int],

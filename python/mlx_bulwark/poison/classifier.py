@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..attacks.base import check_model
-from ..smoothing.convolutions import faster_convolutions
+from ..convolutions import faster_convolutions
 
 Array = np.ndarray[Any, Any]
 Bounds = tuple[float, float]

@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from .sampling import DrawWords, FullSampler, PoissonSampler, Sampler, ShuffleSampler
+from .taps import PrivacyError
 
 UnitReduction = Literal["mean", "sum"]
 Augment = Callable[..., Any]
@@ -113,6 +114,11 @@ class Source:
             raise ValueError(
                 f"[batches] units must have {dataset_size} different ids, the engine's dataset_size, but has "
                 f"{len(self.rows)}"
+            )
+        if getattr(getattr(augment, "__self__", augment), "is_universal", False):
+            raise PrivacyError(
+                "[batches] augment must not be a universal perturbation but is one: it was made from many examples "
+                "without noise, so that each of them changes the rows of the others; take adversarial_twins"
             )
         self._data, self._unit_reduction = data, unit_reduction
         self._augment, self.multiplicity = augment, multiplicity

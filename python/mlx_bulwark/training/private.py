@@ -28,10 +28,10 @@ def adversarial_twins(
     on its own example, on the weights, which are noised, and on random numbers of its own; the attack runs in
     evaluation mode, sums the loss of the rows, and nothing in it mixes them.
 
-    Free adversarial training and adversarial weight perturbation do mix them, and are refused under the engine. A
-    universal perturbation is made from all examples and mixes them too: none is offered here, and ``engine.check``
-    finds one in a loss. `trades_loss` and `mart_loss` can be private too: one row then holds the clean and the
-    adversarial input, ``trades_loss(model, x, y, eps, adversarial=twin, reduction="none")``.
+    Free adversarial training, adversarial weight perturbation and universal perturbations do mix them, and are refused
+    under the engine; ``engine.check`` finds what a loss of one's own mixes. `trades_loss` and `mart_loss` can be private
+    too: one row then holds the clean and the adversarial input,
+    ``trades_loss(model, x, y, eps, adversarial=twin, reduction="none")``.
 
     Args:
         model: The model that is trained; its weights at the time of each batch count.
