@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .demo.progress import Stop
     from .doctor import Report
     from .gate.drift_command import DriftOptions
+    from .poison.command import ScanOptions
     from .privacy import AuditReport
     from .smoothing.command import CertifyOptions
 
@@ -82,6 +83,15 @@ numbers by Kolmogorov-Smirnov, words by chi-square, and all together by MMD and 
 significant and large enough to matter.
 
 Exit codes: 0 no drift, 1 drift, 2 an option or a file cannot be used or a package is missing, 130 interrupted."""
+
+SCAN_HELP = """Scan training data for poison: backdoors and wrong labels.
+
+DATA is .npz with the arrays x and y (or images and labels, data and labels), or a table with a column of integer \
+labels. With --model, module:function, the features of its last layer are looked at, else the columns themselves; with \
+--trusted, clean rows of the same kind, the model is inspected too. The worst rows are shown with reasons.
+
+Exit codes: 0 nothing is accused, 1 the data or the model is, 2 an option or a file cannot be used or a package is \
+missing, 130 interrupted."""
 
 ATTACK_HELP = """Attack a classifier: accuracy on clean data and in the worst case of one or several attacks.
 
@@ -370,6 +380,41 @@ def _app() -> "typer.Typer":
         }
         try:
             sys.exit(_outliers(file, options, csv, json, plot))
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+
+    @app.command(help=SCAN_HELP)
+    def scan(
+        data: Annotated[Path, typer.Argument(help="Training data.", show_default=False)],
+        label: Annotated[
+            str | None, typer.Option(metavar="NAME", help="Column or array of labels.", show_default=False)
+        ] = None,
+        model: Annotated[
+            str | None, typer.Option(metavar="MODULE:FUNCTION", help="Makes the model.", show_default=False)
+        ] = None,
+        weights: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Its weights, .safetensors.", show_default=False)
+        ] = None,
+        trusted: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Clean rows, not trained on.", show_default=False)
+        ] = None,
+        expected_rate: Annotated[
+            float | None, typer.Option(help="Share of poison, if known.", show_default=False)
+        ] = None,
+        false_alarm_rate: Annotated[float, typer.Option(help="Of the verdict on clean sets.")] = 0.01,
+        worst: Annotated[int, typer.Option(min=0, help="How many of the worst rows are shown.")] = 10,
+        batch_size: Annotated[int, typer.Option(min=1, help="Rows of a forward pass.")] = 256,
+        seed: Annotated[int, typer.Option(help="Of what is drawn.")] = 0,
+        json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+        out: Annotated[
+            Path | None, typer.Option(metavar="FILE", help="Write the JSON to this file.", show_default=False)
+        ] = None,
+    ) -> None:
+        from .poison.command import ScanOptions
+
+        options = ScanOptions(data, label, model, weights, trusted, expected_rate, false_alarm_rate, batch_size, seed)
+        try:
+            sys.exit(_scan(options, out, json, worst))
         except KeyboardInterrupt:
             sys.exit(INTERRUPTED)
 
@@ -662,6 +707,29 @@ def _drift(options: "DriftOptions", plot: Path | None, as_json: bool) -> int:
         _fail(f"{e.filename or options.new}: {e.strerror or e}", code=2)
     print(report.to_json() if as_json else report.table())
     return int(report.drift)
+
+
+def _scan(options: "ScanOptions", out: Path | None, as_json: bool, worst: int) -> int:
+    import json
+
+    from rich.console import Console
+
+    from .poison.command import run_scan
+
+    try:
+        findings = run_scan(options)
+        told = json.dumps(findings.to_dict(), indent=2, allow_nan=False)
+        if out is not None:
+            out.write_text(told + "\n", encoding="utf-8")
+    except (ValueError, TypeError, ImportError) as e:
+        _fail(str(e), code=2)
+    except OSError as e:
+        _fail(f"{e.filename or options.data}: {e.strerror or e}", code=2)
+    if as_json:
+        print(told)
+    else:
+        findings.print(Console(highlight=False), worst)
+    return int(findings.accused)
 
 
 def _budget(path: Path, delta: float, accountant: str | None, as_json: bool) -> int:
