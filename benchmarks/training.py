@@ -1,8 +1,9 @@
 """What robust training is worth: MNIST at L-infinity 0.2 under PGD, APGD and Square; defensive distillation falls.
 
 5000 images of MNIST: 4000 for training, each also moved by a pixel in eight directions, the last 200 of the others for
-the attacks, each model with the weights of its last step. An input counts as kept when no attack breaks it (pointwise worst case). The network is convolutional, as
-matrix products: 4 x 4 of stride 2 to 16 and 32 channels, then 100 units. Minutes, nearly all of them its passes.
+the attacks, each model with the weights of its last step. An input counts as kept when no attack breaks it (pointwise
+worst case). The network is convolutional, as matrix products: 4 x 4 of stride 2 to 16 and 32 channels, then 100 units.
+Minutes, nearly all of them its passes.
 """
 
 import sys

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..gate.readers import ReadError, read
+from ..readers import ReadError, read
 from ..smoothing.command import NAMES, OptionError, load_model
 from .classes import Array
 from .inspect import InspectReport, inspect

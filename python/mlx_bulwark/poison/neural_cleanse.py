@@ -10,8 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..convolutions import faster_convolutions
 from .classifier import Array, Bounds, bounds_of, inputs_of, integer, logits_of, share
-from .input_gradients import faster_input_gradients
 
 CONSISTENCY = 1.4826  # from the median absolute deviation of a normal distribution to its standard deviation
 INDEX = 2.0  # the paper's
@@ -239,7 +239,7 @@ class _Search:
 
         state, step = self._start(), mx.compile(self._step)
         rng = np.random.default_rng(seed)
-        with faster_input_gradients(self.model):
+        with faster_convolutions(self.model):
             for _ in tqdm(range(steps), desc="Neural Cleanse", unit="step", disable=not progress, file=sys.stderr):
                 chosen = rng.choice(len(rows), self.each, replace=False)
                 state = step(state, mx.array(rows[chosen]))

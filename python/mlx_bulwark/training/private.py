@@ -29,8 +29,8 @@ def adversarial_twins(
     evaluation mode, sums the loss of the rows, and nothing in it mixes them.
 
     Free adversarial training, adversarial weight perturbation and universal perturbations do mix them, and are refused
-    under the engine; ``engine.check`` finds what a loss of one's own mixes. `trades_loss` and `mart_loss` can be private
-    too: one row then holds the clean and the adversarial input,
+    under the engine; ``engine.check`` finds what a loss of one's own mixes. `trades_loss` and `mart_loss` can be
+    private too, where one row holds the clean and the adversarial input:
     ``trades_loss(model, x, y, eps, adversarial=twin, reduction="none")``.
 
     Args:
