@@ -421,9 +421,12 @@ def _combined(found: dict[str, Detection], y: Array) -> tuple[Array, dict[str, A
     if "telling_values" in found:
         parts["telling_values"] = 2 * np.clip(_told(found["telling_values"], y) - 1, 0, 3) - 1
     scores = np.maximum.reduce(list(parts.values())) if parts else np.zeros(len(y))
-    if "input_knn" in found:
+    led = "input_knn" if "input_knn" in found else "spectre"  # without inputs it sees most of a backdoor
+    if led == "input_knn":
         scores = scores + 0.5 * found["input_knn"].scores
-    tails = [_ranks(found[name].scores) for name in found if name not in parts and name != "input_knn"]
+    elif led in found:
+        scores = np.maximum(scores, 0) + 0.5 * _ranks(found[led].scores)
+    tails = [_ranks(found[name].scores) for name in found if name not in parts and name != led]
     if tails:
         scores = scores + (0.05 if parts else 1.0) * np.mean(tails, axis=0)
     return scores, parts
