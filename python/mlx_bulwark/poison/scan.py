@@ -36,6 +36,9 @@ OF_LOGITS = ("self_influence",)
 OF_INPUTS = ("input_knn", "telling_values")
 JUDGES = ("class_mixture", "telling_values", "label_noise")
 """The methods whose statistics have a baseline without a trusted split; the others rank, and do not accuse."""
+BESIDE_TRUSTED = ("spectral_signatures", "activation_clustering", "spectre", "self_influence")
+"""The methods that are run on the trusted rows and the others together, to see which score higher."""
+TOP_SHARES = (0.025, 0.05, 0.1, 0.2)  # of a class's scores
 
 LEAST_CLASSES = 4  # for one to be held against the others
 SURE = 0.8  # of the neighbours, by which another label outweighs the own one, for the label to count as wrong
@@ -187,10 +190,12 @@ def scan(
     - ``label_noise`` counts labels that nearly all neighbours contradict, in the features and, where given, the inputs,
       against a binomial distribution with the rate of wrong labels that is taken for natural.
 
-    With a trusted split ``deep_knn`` and ``input_knn`` judge as well: the rates of rows whose neighbours contradict
-    them are compared by Fisher's exact test, in all classes and in each. A model knows its training rows better than
-    others, which for ``deep_knn`` costs power and raises no false alarm. The remaining methods, whose statistics differ
-    between the classes of clean data too, only rank.
+    With a trusted split all others but them judge as well. For ``deep_knn`` and ``input_knn`` the rates of rows whose
+    neighbours contradict them are compared by Fisher's exact test, in all classes and in each. The remaining methods,
+    whose statistics differ between the classes of clean data too, score a class's trusted rows among its others: if all
+    come from one source, any of them may be the highest, so that the number of trusted ones among the highest is
+    hypergeometric. A model knows its training rows better than others, which costs power and raises no false alarm.
+    Without a trusted split these methods only rank.
 
     Args:
         model: A classifier in evaluation mode that was trained on the data, from ``[b, ...]`` to ``[b, c]``.
@@ -240,7 +245,7 @@ def scan(
     held = None
     if trusted is not None:
         other = features_and_logits(model, trusted[0], layer=layer, batch_size=batch_size)
-        held = other.features, np.asarray(trusted[1]), np.asarray(trusted[0])
+        held = other.features, np.asarray(trusted[1]), np.asarray(trusted[0]), other.logits
     return scan_features(
         found.features,
         labels,
@@ -261,7 +266,7 @@ def scan_features(
     *,
     logits: Any = None,
     inputs: Any = None,
-    trusted: tuple[Any, Any] | tuple[Any, Any, Any] | None = None,
+    trusted: tuple[Any, ...] | None = None,
     methods: Sequence[str] | None = None,
     expected_rate: float | None = None,
     false_alarm_rate: float = 0.01,
@@ -276,7 +281,7 @@ def scan_features(
         logits: Float ``[n, c]``, what the layer after the features returned; without, ``self_influence`` does not run.
         inputs: Numbers ``[n, ...]``, what the model was given; without, and where they are integers that may be
             tokens, ``input_knn`` and ``telling_values`` do not run.
-        trusted: Features and labels of clean rows, and their inputs where ``inputs`` are given.
+        trusted: Features and labels of clean rows, then their inputs where ``inputs`` are given, then their logits.
         methods: As for ``scan``.
         expected_rate: As for ``scan``.
         false_alarm_rate: As for ``scan``.
@@ -337,14 +342,17 @@ class _Data:
         self.inputs, self.no_inputs = _usable_inputs(inputs, len(y))
         self.trusted: tuple[Array, Array] | None = None
         self.trusted_inputs: Array | None = None
+        self.trusted_logits: Any = None
         if trusted is not None:
             self.trusted = checked("scan", *trusted[:2])
             if self.trusted[0].shape[1] != features.shape[1]:
                 raise ValueError(
                     f"[scan] trusted features must have {features.shape[1]} columns but have {self.trusted[0].shape[1]}"
                 )
-            if len(trusted) == 3 and self.inputs is not None:
+            if len(trusted) > 2 and self.inputs is not None:
                 self.trusted_inputs = input_rows("scan", trusted[2])
+            if len(trusted) > 3 and logits is not None:
+                self.trusted_logits = trusted[3]
         self.found: dict[str, Detection] = {}
         self._makers: dict[str, Callable[[], Detection]] = {
             "spectral_signatures": lambda: spectral_signatures(features, y),
@@ -456,6 +464,8 @@ def _verdict(name: str, found: dict[str, Detection], data: _Data, natural_noise:
         return _among_classes(found[name].statistics, LEAST_SPREAD[name])
     if data.trusted is not None and name in ("deep_knn", "input_knn"):
         return _beside_trusted(name, data)
+    if data.trusted is not None and name in BESIDE_TRUSTED:
+        return _among_trusted(name, data)
     return None
 
 
@@ -514,6 +524,35 @@ def _beside_trusted(name: str, data: _Data) -> _Verdict | None:
     return _Verdict(min(corrected.values()), {c: p for c, p in corrected.items() if c is not None}, words)
 
 
+def _among_trusted(name: str, data: _Data) -> _Verdict | None:
+    """Do the highest scores of a class spare its trusted rows? A hypergeometric test for each class and share."""
+    assert data.trusted is not None
+    if name == "self_influence" and data.trusted_logits is None:
+        return None
+    features, y = (np.concatenate(pair) for pair in zip((data.features, data.y), data.trusted, strict=True))
+    logits = None if data.trusted_logits is None else np.concatenate([data.logits, data.trusted_logits])
+    together = _Data(features, y, logits, None, None, data.seed)
+    scores, trusted = together.detect(name).scores, np.arange(len(together.y)) >= len(data.y)
+    p_values, spared = {}, {}
+    for label, rows in by_class(together.y):
+        held = trusted[rows]
+        if not held.any() or held.all():
+            continue
+        order = held[np.lexsort((~held, -scores[rows]))]  # a trusted row goes before its equals: no false alarm
+        tops = [max(1, round(share * len(order))) for share in TOP_SHARES]
+        tests = [float(stats.hypergeom.cdf(order[:top].sum(), len(order), held.sum(), top)) for top in tops]
+        p_values[label], spared[label] = min(tests) * len(tests), float(order[: tops[2]].mean() / held.mean())
+    if not p_values:
+        return None
+    corrected = {label: min(1.0, p * len(p_values)) for label, p in p_values.items()}
+    worst = min(corrected, key=lambda label: corrected[label])
+    words = (
+        f"class {worst} stands out most: its highest {TOP_SHARES[2]:.0%} hold {spared[worst]:.0%} of the trusted rows "
+        "that are due to them"
+    )
+    return _Verdict(corrected[worst], corrected, words)
+
+
 def _contradicted(own: Array, y: Array, other: Array, labels: Array, k: int) -> list[Array]:
     """Which rows of each side are outvoted by their neighbours among the rows that are scanned."""
     found = []
@@ -534,7 +573,7 @@ def _result(name: str, detection: Detection, verdict: _Verdict | None, level: fl
         elif name in ("deep_knn", "input_knn"):
             why = "no trusted split to compare to"
         else:
-            why = "clean classes differ in it as well, so it accuses nobody"
+            why = "clean classes differ in it as well: without trusted rows it accuses nobody"
         return MethodResult(detection.scores, None, False, why, detection.statistics)
     classes = tuple(sorted(label for label, p in verdict.by_class.items() if p <= level))
     return MethodResult(
@@ -551,6 +590,10 @@ def _blamed(results: dict[str, MethodResult], parts: dict[str, Array], y: Array)
         inside = np.isin(y, result.accused_classes)
         if name == "class_mixture":
             blamed |= inside & (result.scores > 0.5)
+        elif name in BESIDE_TRUSTED:
+            for label in result.accused_classes:
+                own = y == label
+                blamed |= own & (result.scores >= np.quantile(result.scores[own], 1 - TOP_SHARES[1]))
         elif name == "telling_values":
             blamed |= inside & (parts[name] > 0)
         else:
