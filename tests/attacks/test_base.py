@@ -21,7 +21,10 @@ def case():
 
 
 X, Y = mx.full((2, 4), 0.5), mx.array([0, 1])
-MODEL = lambda x: x[:, :3]  # noqa: E731
+
+
+def first_three(x):
+    return x[:, :3]
 
 
 @pytest.mark.parametrize(
@@ -39,26 +42,26 @@ MODEL = lambda x: x[:, :3]  # noqa: E731
         (lambda: PGD(0.1, alpha=-1), "alpha must be"),
         (lambda: PGD(0.1, loss="hinge"), "loss must be 'cross_entropy', 'margin', 'dlr' or a function"),
         (lambda: PGD(0.1, seed=-1), "seed must be"),
-        (lambda: PGD(mx.array([0.1]))(MODEL, X, Y), "eps must have one radius an input, 2, but has 1"),
-        (lambda: PGD(0.1)(MODEL, X + 1, Y), r"within the bounds \(0.0, 1.0\) but has 2 inputs that are not"),
-        (lambda: PGD(0.1)(MODEL, X * mx.array([[1.0], [mx.nan]]), Y), "has 1 inputs that are not, first input 1"),
-        (lambda: PGD(0.1)(MODEL, X.astype(mx.int32), Y), "x must be a float32, float16 or bfloat16 array"),
-        (lambda: PGD(0.1)(MODEL, mx.zeros(4), Y), "x must be a float32, float16 or bfloat16 array"),
-        (lambda: PGD(0.1)(MODEL, X, mx.array([0, 3])), r"y must be in \[0, 3\) but has labels from 0 to 3"),
-        (lambda: PGD(0.1)(MODEL, X, mx.array([-1, 0])), r"y must be in \[0, 3\)"),
-        (lambda: PGD(0.1)(MODEL, X, mx.array([0.0, 1.0])), "y must be an integer array"),
-        (lambda: PGD(0.1)(MODEL, X, mx.array([0])), r"y must be an integer array of shape \(2,\)"),
-        (lambda: PGD(0.1)(MODEL, X, [0, 1]), "y must be an integer array"),
-        (lambda: PGD(0.1)(MODEL, X, Y, targets=Y), "targets must be given to a targeted attack"),
-        (lambda: PGD(0.1, targeted=True)(MODEL, X, Y), "targets must be given to a targeted attack"),
-        (lambda: PGD(0.1, targeted=True)(MODEL, X, Y, targets=Y), "targets must differ from y but has 2"),
-        (lambda: PGD(0.1, targeted=True)(MODEL, X, Y, targets=Y + 2), r"targets must be in \[0, 3\)"),
+        (lambda: PGD(mx.array([0.1]))(first_three, X, Y), "eps must have one radius an input, 2, but has 1"),
+        (lambda: PGD(0.1)(first_three, X + 1, Y), r"within the bounds \(0.0, 1.0\) but has 2 inputs that are not"),
+        (lambda: PGD(0.1)(first_three, X * mx.array([[1.0], [mx.nan]]), Y), "has 1 inputs that are not, first input 1"),
+        (lambda: PGD(0.1)(first_three, X.astype(mx.int32), Y), "x must be a float32, float16 or bfloat16 array"),
+        (lambda: PGD(0.1)(first_three, mx.zeros(4), Y), "x must be a float32, float16 or bfloat16 array"),
+        (lambda: PGD(0.1)(first_three, X, mx.array([0, 3])), r"y must be in \[0, 3\) but has labels from 0 to 3"),
+        (lambda: PGD(0.1)(first_three, X, mx.array([-1, 0])), r"y must be in \[0, 3\)"),
+        (lambda: PGD(0.1)(first_three, X, mx.array([0.0, 1.0])), "y must be an integer array"),
+        (lambda: PGD(0.1)(first_three, X, mx.array([0])), r"y must be an integer array of shape \(2,\)"),
+        (lambda: PGD(0.1)(first_three, X, [0, 1]), "y must be an integer array"),
+        (lambda: PGD(0.1)(first_three, X, Y, targets=Y), "targets must be given to a targeted attack"),
+        (lambda: PGD(0.1, targeted=True)(first_three, X, Y), "targets must be given to a targeted attack"),
+        (lambda: PGD(0.1, targeted=True)(first_three, X, Y, targets=Y), "targets must differ from y but has 2"),
+        (lambda: PGD(0.1, targeted=True)(first_three, X, Y, targets=Y + 2), r"targets must be in \[0, 3\)"),
         (lambda: PGD(0.1)(lambda x: x[:, :1], X, Y), "2 classes or more but has 1"),
         (lambda: PGD(0.1)(lambda x: x[0], X, Y), "model must return floating logits"),
         (lambda: PGD(0.1)(lambda x: x[:1], X, Y), "model must return floating logits"),
         (lambda: PGD(0.1, loss="dlr")(lambda x: x[:, :2], X[:1], Y[:1]), "logits must have 3 classes or more"),
-        (lambda: PGD(0.1, loss=lambda z, y: z.sum())(MODEL, X[:1], Y[:1]), "loss must return one value an input"),
-        (lambda: Normalized(MODEL, 0.0, 0.0), "std must be > 0"),
+        (lambda: PGD(0.1, loss=lambda z, y: z.sum())(first_three, X[:1], Y[:1]), "loss must return one value an input"),
+        (lambda: Normalized(first_three, 0.0, 0.0), "std must be > 0"),
     ],
 )
 def test_refused(call, message):

@@ -82,7 +82,10 @@ def test_bits_do_not_depend_on_how_many_come_at_once(cut):
     x = np.random.default_rng(2).normal(size=(5000, 7))
     x[[3, 4500], [1, 2]] = math.nan, math.inf
     x[77], x[78] = 1e200, [1e308, -1e308] * 3 + [1e308]
-    make = lambda: HotellingT2(np.zeros(7), covariance_of(7), false_alarm_rate=0.3)  # noqa: E731
+
+    def make():
+        return HotellingT2(np.zeros(7), covariance_of(7), false_alarm_rate=0.3)
+
     whole, first, single = make(), make(), make()
     at_once = [s.to_json() for s in whole.update_many(x)]
     signals = first.update_many(x[:cut])
