@@ -18,6 +18,7 @@ from mlx_bulwark.demo.data import load
 from mlx_bulwark.demo.options import STAGES
 from mlx_bulwark.demo.plot import draw
 from mlx_bulwark.demo.progress import stoppable
+from mlx_bulwark.provenance import AuditLog
 from sklearn.datasets import load_digits
 
 QUICK = DemoOptions(epsilon=0.5, steps=4, batch_size=64, only=("private",))
@@ -333,7 +334,12 @@ def test_the_report_tells_of_every_stage(layered):
     page = (folder / "report.html").read_text()
     told = json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
     kinds = [section["kind"] for section in told["sections"]]
-    assert kinds == ["demo", *(f"demo_{name}" for name in figures.stages)]
+    assert kinds == ["demo", *(f"demo_{name}" for name in figures.stages), "audit_log"]
+    assert AuditLog.verify(folder / "audit.jsonl").ok
+    assert [line["kind"] for line in told["sections"][-1]["data"]["lines"]] == [
+        "manifest.build",
+        *["demo.stage"] * len(figures.stages),
+    ]
     for stage in figures.stages.values():
         assert html.escape(stage["reason"], quote=False) in html.unescape(page)
         assert stage["title"] in page
@@ -348,7 +354,7 @@ def test_an_interrupted_run_writes_the_report_of_what_was_done(tmp_path):
     figures = run_demo(DemoOptions(steps=2, out=tmp_path, only=("check", "poison", "report")), say=press)
     assert figures.interrupted
     told = json.loads((tmp_path / "report.json").read_text())
-    assert [section["kind"] for section in told["sections"]] == ["demo", "demo_check"]
+    assert [section["kind"] for section in told["sections"]] == ["demo", "demo_check", "audit_log"]
     assert "interrupted" in told["sections"][0]["verdict"]
 
 

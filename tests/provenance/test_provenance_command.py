@@ -35,6 +35,7 @@ def test_build_verify_and_find(run, tmp_path):
     (tmp_path / "data" / "a").write_text("b")
     code, told, _ = run("manifest", "verify", "m.json", "data", "--json", "--audit-log", "log")
     assert (code, told["findings"][0]["kind"]) == (1, "changed")
+    assert (len(told["root"]), told["source"], told["signature"]) == (64, "here", None)
     code, told, _ = run("log", "show", "log", "--json")
     assert (code, told["lines"][0]["kind"]) == (0, "manifest.verify")
 
@@ -57,6 +58,7 @@ def test_sign_and_verify(run, tmp_path):
     assert run("manifest", "sign", "m.json", "--out", "m.sig", "--key", "key", "--new-key")[0] == 0
     signed = ("manifest", "verify", "m.json", "data", "--signature", "m.sig", "--key", "key.pub")
     assert run(*signed)[0] == 0
+    assert run(*signed, "--json")[1]["signature"] == "verified, by key.pub"
     (tmp_path / "m.sig").write_text("{}")
     code, told, error = run(*signed, "--json")
     assert code == 1

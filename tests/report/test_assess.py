@@ -26,6 +26,10 @@ def folder(tmp_path_factory):
         noisy = (x - 0.5) @ w.T + rng.gumbel(size=(400, 3)) / 8
         np.savez(tmp_path / f"{name}.npz", x=x, y=noisy.argmax(axis=1))
     np.savez(tmp_path / "shifted.npz", x=(x * 0.5).astype(np.float32), y=noisy.argmax(axis=1))
+    y = rng.integers(0, 3, 400)
+    groups = (rng.uniform(0.2, 0.8, (3, 8))[y] + rng.normal(size=(400, 8)) / 50).astype(np.float32)
+    np.savez(tmp_path / "train.npz", x=groups, y=y)
+    np.savez(tmp_path / "flipped.npz", x=groups, y=np.where(rng.random(400) < 0.1, (y + 1) % 3, y))
     save(tmp_path / "good.safetensors", w)
     save(tmp_path / "bad.safetensors", w + rng.normal(size=w.shape) * 0.6)
     return tmp_path
@@ -78,6 +82,17 @@ def test_scans_are_part_of_it(assess, folder):
     kinds = ["assessment", "robust_accuracy", "drift", "model_inspection", "poison_scan"]
     assert [s["kind"] for s in report["sections"]] == kinds
     assert "not of the form" not in " ".join(s["verdict"] for s in report["sections"])
+
+
+def test_poison_in_the_training_data_is_a_regression(assess):
+    """The same model and held-out data: only the training data have changed."""
+    for name in ("base-train.json", "base-no-train.json"):
+        more = ("--train", "train.npz") if name == "base-train.json" else ()
+        assert assess("--update", *more, baseline=name)[0] == 0
+        code, said, _ = assess("--json", "--train", "flipped.npz", baseline=name)
+        assert (code, json.loads(said)["events"]) == (1, ["the training data look poisoned"])
+    assert assess("--update", "--train", "flipped.npz", baseline="base-flipped.json")[0] == 0
+    assert assess("--train", "flipped.npz", baseline="base-flipped.json")[0] == 0, "it was so before"
 
 
 def test_worse_weights_are_named(assess):

@@ -22,6 +22,8 @@ from .hop_skip_jump import HopSkipJump
 from .pgd import PGD
 from .square import Square
 
+Array = np.ndarray[Any, np.dtype[Any]]
+
 ATTACKS: dict[str, tuple[Callable[..., Attack], dict[str, Any], tuple[str, ...]]] = {
     # what makes it, its own settings, and the options that it takes beside eps and bounds
     "fgsm": (FGSM, {}, ("norm", "seed")),
@@ -69,6 +71,11 @@ def run_attack(options: AttackOptions) -> EpsSweep:
     model = load_model(options.model, options.weights)
     if hasattr(model, "eval"):
         model.eval()
+    return attack_model(options, model, x, y)
+
+
+def attack_model(options: AttackOptions, model: Any, x: Array, y: Array) -> EpsSweep:
+    """Attack a model that is loaded at each radius."""
     make_attacks(options, options.eps[0])
     data = mx.array(x.astype(np.float32)), mx.array(y.astype(np.int32))
     return accuracy_over_eps(

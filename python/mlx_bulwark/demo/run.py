@@ -2,8 +2,11 @@
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+from ..provenance import AuditLog
+from ..provenance.audit_log import lines
 from ..report import Report
 from .data import DATASETS, Split, load
 from .figures import Figures
@@ -106,7 +109,7 @@ def run_demo(options: DemoOptions, say: Callable[[str], None]) -> Figures:
         with stoppable() as stop:
             split = _load(options, figures, say)
             stop.check()
-            scene = Scene(options, split, figures, stop, say)
+            scene = Scene(options, split, figures, stop, say, _new_log(options.out / "audit.jsonl"))
             _run_stages(scene)
     except KeyboardInterrupt:
         figures.interrupted = True
@@ -131,6 +134,7 @@ def _run_stages(scene: Scene) -> None:
         report = Report("mlx-bulwark demo").add(layers(figures))
         for section in scene.sections:
             report.add(section)
+        report.add(_logged(scene.log))
         report.write(page)
         figures.report = str(page)
         scene.tell("report", str(page))
@@ -148,9 +152,21 @@ def _run_stage(name: str, number: str, scene: Scene) -> None:
     summary = {"what": outcome.what, "without": outcome.without, "defended": outcome.defended}
     told = {"title": stage.title, "reason": stage.reason, "seconds": seconds, **summary}
     scene.figures.stages[name] = told | {"figures": outcome.figures}
+    scene.log.append("demo.stage", stage=name, **summary)
     if outcome.section is not None:
         scene.sections.append(outcome.section)
     scene.tell("seconds", f"{seconds:.1f}")
+
+
+def _new_log(path: Path) -> AuditLog:
+    path.unlink(missing_ok=True)
+    return AuditLog(path)
+
+
+def _logged(log: AuditLog) -> dict[str, Any]:
+    """The audit log, verified, and its lines."""
+    told = [line for line in lines(log.path) if "kind" in line]
+    return AuditLog.verify(log.path).to_json() | {"lines": told}
 
 
 def _load(options: DemoOptions, figures: Figures, say: Callable[[str], None]) -> Split:

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 
+from ..provenance import AuditLog
 from ..report import Section
 from ..training import fit
 from .data import DATASETS, Array, Split
@@ -60,6 +61,8 @@ class Scene:
     figures: Figures
     stop: Stop
     say: Callable[[str], None]
+    log: AuditLog
+    """What was done, line by line, each chained to the one before."""
     trusted: Digits = field(init=False)
     """A fifth of the training images: from a source that is trusted."""
     arrived: Digits = field(init=False)

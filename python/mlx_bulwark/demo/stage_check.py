@@ -25,7 +25,8 @@ def check(scene: Scene) -> Outcome:
     found = schema.check((broken.x, broken.y))
     rows = np.flatnonzero(found.bad_rows)
     scene.tell("", f"a pixel of NaN, one of 1000, a label 12, planted in {BROKEN} rows: {len(rows)} rows refused")
-    manifest = Manifest.build(write(arrived, scene.options.out / FOLDER), source=DATASETS[scene.options.data].title)
+    folder = write(arrived, scene.options.out / FOLDER)
+    manifest = Manifest.build(folder, source=DATASETS[scene.options.data].title, audit_log=scene.log)
     manifest.save(scene.options.out / "manifest.json")
     scene.tell("manifest", f"{len(manifest.files)} files, root {manifest.root[:16]}...")
     figures = {

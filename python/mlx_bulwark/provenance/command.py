@@ -148,7 +148,8 @@ def _manifest_app() -> "typer.Typer":
                 found = Verification(found.findings + also.findings, found.checked + also.checked, found.notices)
             words = [_line(f) for f in found.findings] + [f"notice: {_line(f)}" for f in found.notices]
             words.append(f"{len(found.findings):,} findings in {found.checked:,} files")
-            return found.to_json(), words, found.ok
+            signed = None if signature is None else f"verified, by {key or identity}"
+            return {**found.to_json(), **_origin(content), "signature": signed}, words, found.ok
 
         _answer(run, json)
 
@@ -262,6 +263,11 @@ def _log_app() -> "typer.Typer":
         _answer(run, json)
 
     return app
+
+
+def _origin(manifest: Manifest) -> dict[str, Any]:
+    """Where the files come from, as the manifest tells it."""
+    return {name: getattr(manifest, name) for name in ("root", "source", "licence", "git_commit", "parents")}
 
 
 def _log(path: Path | None) -> AuditLog | None:

@@ -12,8 +12,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..attacks.command import AttackOptions, make_attacks
-from ..attacks.evaluate import EpsSweep, accuracy_over_eps
+from ..attacks.command import AttackOptions, attack_model, make_attacks
+from ..attacks.evaluate import EpsSweep
 from ..gate.drift import Drift, DriftReport
 from ..poison.inspect import inspect
 from ..poison.scan import scan
@@ -89,7 +89,9 @@ def assess(options: AssessOptions, say: Callable[[str], None]) -> tuple[dict[str
     if hasattr(model, "eval"):
         model.eval()
     tested = slice(None, attack.inputs)
-    sweep = _attacked(attack, model, x[tested], y[tested], say)
+    radii = ", ".join(f"{e:g}" for e in attack.eps)
+    say(f"attacks    {', '.join(attack.attacks)} on {len(x[tested]):,} inputs, radius {radii}")
+    sweep = attack_model(attack, model, x[tested], y[tested])
     measured = _measured(sweep)
     say("drift      of inputs, confidences and predicted classes")
     columns = _columns(model, x, attack.batch_size)
@@ -164,21 +166,6 @@ def _same_settings(settings: dict[str, Any], stored: dict[str, Any]) -> None:
 
 def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _attacked(options: AttackOptions, model: Any, x: Array, y: Array, say: Callable[[str], None]) -> EpsSweep:
-    radii = ", ".join(f"{e:g}" for e in options.eps)
-    say(f"attacks    {', '.join(options.attacks)} on {len(x):,} inputs, radius {radii}")
-    data = mx.array(x.astype(np.float32)), mx.array(y.astype(np.int32))
-    return accuracy_over_eps(
-        model,
-        data,
-        lambda eps: make_attacks(options, eps),
-        options.eps,
-        batch_size=options.batch_size,
-        checks=options.checks,
-        progress=options.progress,
-    )
 
 
 def _measured(sweep: EpsSweep) -> list[Measured]:

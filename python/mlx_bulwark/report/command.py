@@ -23,8 +23,8 @@ MODEL is module:function, DATA an .npz file as of the command attack. The model 
 and classes are tested for drift, it is inspected for a backdoor, and with --train the training data are scanned for \
 poison. Settings must be those of the baseline, which --update writes. The report goes to OUT/report.html and .json.
 
-Exit codes: 0 nothing is worse, 1 something is worse than sampling explains, or the training data are newly accused, \
-2 an option or a file cannot be used or a package is missing, 130 interrupted."""
+Exit codes: 0 nothing is worse, 1 something is worse than sampling explains, the data drifted, or the training data or \
+the model are newly accused, 2 an option or a file cannot be used or a package is missing, 130 interrupted."""
 
 MOST_BYTES = 1 << 28
 INTERRUPTED = 130
