@@ -99,7 +99,7 @@ def test_headings_pictures_and_a_quiet_console(shown, page):
     assert levels.count(1) == 1
     assert levels[:2] == [1, 2]
     assert all(b <= a + 1 for a, b in pairwise(levels))
-    assert levels.count(2) == len(EXAMPLES) + 1
+    assert levels.count(2) == len(EXAMPLES) + 2, "sections, the verdict and the words"
     pictures = shown.execute_script("return [...document.images].map(i => [i.complete, i.naturalWidth, i.alt])")
     assert len(pictures) == 7
     assert all(complete and width > 0 and alt for complete, width, alt in pictures)
@@ -125,6 +125,11 @@ def test_nothing_hangs_over_the_edge(shown):
         ".map(e => e.textContent)"
     )
     assert clipped == []
+    stacked = shown.execute_script(
+        "return [...document.querySelectorAll('.stacks')].map(t => [t.offsetWidth, t.parentElement.clientWidth])"
+    )
+    assert len(stacked) >= 3
+    assert all(width <= room for width, room in stacked)
 
 
 def test_all_text_stands_out_from_its_ground(shown):

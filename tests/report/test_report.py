@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import pytest
 from mlx_bulwark.report import Report
+from mlx_bulwark.report.glossary import WORDS, explained
 from report_examples import EXAMPLES
 
 HOSTILE = '</style></script><script>alert(1)</script><img src=x onerror=alert(1)>"\' onload="alert(1)'
@@ -89,3 +90,16 @@ def test_json_beside_the_page_reads_back(tmp_path):
 def test_what_is_no_object_is_refused(bad):
     with pytest.raises(ValueError, match=r"\[Report.add\] found must"):
         Report("t").add(bad)
+
+
+def test_the_words_of_the_field_are_explained_and_no_others():
+    pages = {kind: dict(explained(Report("a").add(data).sections)) for kind, data in EXAMPLES.items()}
+    assert "Epsilon, delta" in pages["privacy"]
+    assert "Backdoor" not in pages["privacy"]
+    assert {"PGD, APGD, FGSM", "Robust accuracy"} <= pages["robust_accuracy"].keys()
+    assert "Certified accuracy" in pages["certificates"]
+    assert "Manifest" in pages["manifest"]
+    assert "Drift" in pages["monitor"]
+    assert "L-infinity, L2, L1" in pages["robust_accuracy"]
+    assert list(WORDS) == sorted(WORDS, key=str.lower)
+    assert explained([]) == []

@@ -17,6 +17,7 @@ import numpy as np
 from .. import __version__
 from . import of_data, of_models, of_privacy, of_records  # noqa: F401  # registers adapters
 from .adapting import section_of
+from .glossary import explained
 from .parts import Section, Status
 
 VERSION = 1
@@ -136,6 +137,7 @@ class Report:
         digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
         return environment.from_string(_shipped("page.html")).render(
             report=self,
+            words=explained(self.sections),
             style=style,
             policy=f"{POLICY}; style-src 'sha256-{digest}'",
             created=self.created.strftime("%Y-%m-%d %H:%M UTC"),

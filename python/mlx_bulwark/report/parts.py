@@ -39,6 +39,11 @@ class Table:
         """Columns of sentences, which want room on a narrow screen."""
         return frozenset(i for i in range(len(self.columns)) if any(len(row[i]) > 40 for row in self.rows))
 
+    @property
+    def stacks(self) -> bool:
+        """Whether a narrow screen shows its cells below each other: there is no room for them side by side."""
+        return len(self.columns) > 4 or (len(self.columns) > 2 and bool(self.long))
+
 
 @dataclass(frozen=True)
 class Plot:
