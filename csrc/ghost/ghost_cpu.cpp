@@ -7,6 +7,7 @@
 #include "common/cpu.h"
 #include "common/isa.h"
 #include "common/parallel.h"
+#include "ghost/convolve.h"
 #include "ghost/ghost.h"
 #include "ghost/ghost_simd.h"
 #include "mlx/backend/cpu/encoder.h"
@@ -539,20 +540,50 @@ static void convolve(const Work& w, const Unit& u, size_t group, size_t from, si
   sgemm(false, true, to - from, w.p, w.d, v.data, v.ld, weight + first * w.d, w.d, bias ? 1 : 0, y, width);
 }
 
+static void convolve_unfolded(const Work& w, size_t first, size_t count, const float* weight, const float* bias,
+                              float* y) {
+  Unit u;
+  u.append(0, first * w.calls[0].dy.rows, count * w.calls[0].dy.rows);
+  const size_t rows = std::clamp(TILE_VALUES / std::max(w.d, w.p), LEAST_CONVOLVED_ROWS, MOST_CONVOLVED_ROWS);
+  const size_t parts = ceil_div(u.rows, rows);
+  float* out = y + first * w.calls[0].dy.rows * w.calls[0].dy.width;
+  parallel_for(parts * w.groups, [&](size_t i) {
+    const size_t from = i % parts * rows;
+    convolve(w, u, i / parts, from, std::min(u.rows, from + rows), weight, bias, out, scratch());
+  });
+}
+
+// What is one image wide in the first of three axes, and has one group.
+static std::optional<Images> images_of(const Work& w, const float* weight, const float* bias, float* y) {
+  auto& c = w.calls[0];
+  auto& win = *w.window;
+  if (w.groups != 1 || win.kernel[0] != 1 || c.space[0] != 1 || c.out[0] != 1 || win.padding[0] != 0) return {};
+  auto two = [](const std::array<int, 3>& a) { return std::array<size_t, 2>{size_t(a[1]), size_t(a[2])}; };
+  return Images{reinterpret_cast<const float*>(c.x.data),
+                weight,
+                bias,
+                y,
+                w.batch,
+                c.x.width,
+                w.p,
+                two(c.space),
+                two(c.out),
+                two(win.kernel),
+                two(win.stride),
+                two(win.padding),
+                two(win.dilation)};
+}
+
 void Convolved::cpu(const Arrays& in, Arrays& out) {
   allocate(out);
   if (out[0].size() == 0) return;
   mx::cpu::get_command_encoder(stream()).dispatch([w = Work({in[0], out[0]}, ghost_, false),
                                                    weight = in[1].data<float>(), y = out[0].data<float>(),
                                                    bias = ghost_.bias ? in[2].data<float>() : nullptr] {
-    Unit u;
-    u.append(0, 0, w.batch * w.calls[0].dy.rows);
-    const size_t rows = std::clamp(TILE_VALUES / std::max(w.d, w.p), LEAST_CONVOLVED_ROWS, MOST_CONVOLVED_ROWS);
-    const size_t parts = ceil_div(u.rows, rows);
-    parallel_for(parts * w.groups, [&](size_t i) {
-      const size_t from = i % parts * rows;
-      convolve(w, u, i / parts, from, std::min(u.rows, from + rows), weight, bias, y, scratch());
-    });
+    auto images = images_of(w, weight, bias, y);
+    const Way way = images ? way_of(*images) : Way::unfolded;
+    if (way == Way::unfolded) return convolve_unfolded(w, 0, w.batch, weight, bias, y);
+    for (size_t image : convolve_images(*images, way)) convolve_unfolded(w, image, 1, weight, bias, y);
   });
 }
 

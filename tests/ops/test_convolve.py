@@ -19,6 +19,12 @@ CASES = {
     "2d a group a channel": ((2, 9, 9, 8), (8, 3, 3, 1), {"groups": 8, "padding": 1}),
     "2d padded past the kernel": ((1, 2, 2, 3), (2, 2, 2, 3), {"padding": 3, "stride": 2}),
     "2d many": ((31, 14, 14, 16), (24, 3, 3, 16), {"padding": 1}),
+    "2d many, odd": ((11, 13, 15, 33), (37, 3, 3, 33), {"padding": (0, 1)}),
+    "2d many, padded past the kernel": ((7, 6, 9, 17), (65, 3, 3, 17), {"padding": 4}),
+    "2d many of one column": ((33, 31, 1, 16), (16, 3, 3, 16), {"padding": 1}),
+    "2d to one channel": ((3, 28, 28, 32), (1, 3, 3, 32), {"padding": 1}),
+    "2d to few, dilated": ((2, 11, 14, 19), (3, 3, 2, 19), {"padding": 2, "dilation": (2, 3), "stride": (1, 2)}),
+    "2d of few, dilated": ((2, 11, 14, 3), (37, 3, 4, 3), {"padding": 2, "dilation": (2, 3), "stride": (2, 1)}),
     "3d": ((2, 5, 6, 7, 2), (3, 2, 3, 2, 2), {"padding": 1, "stride": (1, 2, 1), "dilation": (2, 1, 1)}),
     "no sample": ((0, 5, 5, 2), (3, 3, 3, 2), {}),
 }
@@ -117,20 +123,27 @@ def test_layouts(backend):
     assert mx.array_equal(ours, bw.convolve(x, weight, bias, **how))
 
 
+@pytest.mark.parametrize("name", ["2d many", "2d to one channel", "2d of few, dilated"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, 3e38, 1e-45])
-def test_one_sample_harms_no_other(backend, value):
-    x, weight, bias, how = arrays("2d many")
+def test_one_sample_harms_no_other(backend, name, value):
+    x, weight, bias, how = arrays(name)
+    x = mx.concatenate([x, x])
     bad = np.array(x)
-    bad[3, 5, 5, 2] = value
+    bad[1, 5, 5, 2] = value
     ours, plain = (np.array(bw.convolve(mx.array(a), weight, bias, **how)) for a in (bad, x))
-    others = np.arange(len(bad)) != 3
+    others = np.arange(len(bad)) != 1
     np.testing.assert_array_equal(ours[others], plain[others])
+    with mx.stream(mx.cpu):
+        want = convolve_reference(
+            mx.array(np.where(np.isfinite(bad), 0, 1).astype(np.float32)), mx.ones_like(weight), **how
+        )
     if not abs(value) < np.inf:
-        assert not np.isfinite(ours[3, 4:7, 4:7]).any()
+        np.testing.assert_array_equal(~np.isfinite(ours), np.array(want) > 0)
 
 
-def test_threads_do_not_change_bits():
-    x, weight, bias, how = arrays("2d many")
+@pytest.mark.parametrize("name", ["2d many", "2d to one channel", "2d of few, dilated", "2d one by one"])
+def test_threads_do_not_change_bits(name):
+    x, weight, bias, how = arrays(name)
     found = []
     with _native.using("native"):
         try:
