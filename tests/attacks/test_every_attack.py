@@ -1,4 +1,4 @@
-"""What holds for each attack alike: the ball and the bounds in the input's own dtype, and the edges of what it takes."""
+"""What holds for each attack: the ball and the bounds in the dtype of the input, and the edges of its arguments."""
 
 import mlx.core as mx
 import mlx.nn as nn

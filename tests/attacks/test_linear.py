@@ -97,14 +97,51 @@ def test_deepfool_finds_the_least_change(norm):
     assert (found.queries <= 1 + 2 * 4 + 2).all().item()
 
 
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("targeted", [False, True])
+def test_deepfool_moves_what_the_bounds_let_move(norm, targeted):
+    """Nearly all of the gradient points out of the box; the least change is that of the other coordinates."""
+    weight = np.full(D, 30.0)
+    weight[:3] = 1, 2, -2
+    x = np.where(np.arange(D) < 3, 0.5, np.arange(D) % 2)
+    weight[3:] *= np.where(x[3:] > 0.5, 1, -1)
+
+    def boxed(a):
+        lead = 0.6 - ((a - mx.array(x, mx.float32)) * mx.array(weight, mx.float32)).sum(axis=1)
+        return mx.stack([lead, 0 * lead], axis=1)
+
+    start, zero, one = mx.array(np.tile(x, (2, 1)).astype(np.float32)), mx.zeros(2, mx.int32), mx.ones(2, mx.int32)
+    found = DeepFool(norm=norm, targeted=targeted)(boxed, start, zero, **({"targets": one} if targeted else {}))
+    assert found.success.all().item()
+    assert np.allclose(found.distances, 1.02 * 0.6 / np.linalg.norm(weight[:3], DUAL[norm]), rtol=1e-4)
+    assert (found.queries <= 5).all().item()
+
+
 def test_carlini_wagner_finds_the_least_change():
-    found = CarliniWagnerL2(bounds=WIDE, initial_const=1.0, steps=300)(two, mx.array(X), TWO)
+    # The bounds are nine wide, and steps are shares of them: at twice the rate they are as long as the least changes.
+    found = CarliniWagnerL2(bounds=WIDE, initial_const=1.0, learning_rate=0.005, steps=300)(two, mx.array(X), TWO)
     want = abs(Z[:, 1] - Z[:, 0]) / np.linalg.norm(WEIGHT[1] - WEIGHT[0])
     assert found.success.all().item()
     ratio = np.array(found.distances) / want
     assert ratio.min() >= 1 - 1e-4
     assert np.median(ratio) < 1.005
     assert ratio.max() < 1.1
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_carlini_wagner_moves_values_that_lie_on_a_bound(value):
+    """Where all do, only these can fool, within few steps; the least change is known."""
+    x = mx.full((3, D), value)
+    sign = 1 if value == 0 else -1
+
+    def ground(x):
+        lead = 0.6 - sign * (x - value).sum(axis=1)
+        return mx.stack([lead, 0 * lead], axis=1)
+
+    found = CarliniWagnerL2(initial_const=0.1, steps=100)(ground, x, mx.zeros(3, mx.int32))
+    assert found.success.all().item()
+    assert np.allclose(found.distances, 0.6 / D**0.5, rtol=0.01)
+    assert (found.distances >= 0.6 / D**0.5 * (1 - 1e-5)).all().item()
 
 
 def test_carlini_wagner_confidence():

@@ -92,11 +92,15 @@ class DeepFool(Attack):
             moved = origin.astype(mx.float32) + (1 + self.overshoot) * shift
             x = mx.clip(moved, *self.bounds).astype(origin.dtype)
             leads, grads, logits = boundaries(x, goal, rivals)
-            lead, w = nearest(leads, grads, self.norm)
+            # A value on a bound cannot go further: counted as if it could, it would take up the steps.
+            rows, (low, high) = x.astype(mx.float32).reshape(len(x), -1), self.bounds
+            free = mx.where(grads > 0, rows < high, rows > low)
+            lead, w = nearest(leads, mx.where(free, grads, 0), self.norm)
             if self.norm == "l2":
                 move = w * (mx.abs(lead) / (mx.square(w).sum(axis=1) + TINY))[:, None]
             else:
                 move = mx.sign(w) * (mx.abs(lead) / (mx.abs(w).sum(axis=1) + TINY))[:, None]
-            return x, shift + move.reshape(shift.shape), predicted(logits)
+            wide = origin.astype(mx.float32)
+            return x, mx.clip(wide + shift + move.reshape(shift.shape), *self.bounds) - wide, predicted(logits)
 
         return step
