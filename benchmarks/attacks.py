@@ -21,7 +21,7 @@ from benchmarks import digit_networks
 from benchmarks import smooth_peers as peers
 
 LINF, L2 = 0.1, 1.5  # radii
-DIGITS = {"usps": (200, 0.05, 0.5), "svhn": (100, 4 / 255, 0.25)}  # inputs and both radii
+DIGITS = {"usps": (200, 0.05, 0.5), "svhn": (100, 2 / 255, 0.15)}  # inputs and both radii
 STEPS = 40
 MINIMAL = {"binary_search_steps": 9, "learning_rate": 0.01, "initial_const": 0.01}
 

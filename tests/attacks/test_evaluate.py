@@ -5,9 +5,12 @@ from io import StringIO
 
 import matplotlib.image
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx_bulwark.attacks import FGSM, PGD, Square, accuracy_over_eps, robust_accuracy
+from mlx_bulwark.attacks import FGSM, PGD, Square, accuracy_over_eps, cross_entropy, robust_accuracy
+from mlx_bulwark.training import adversarial_loss, fit
 from rich.console import Console
 
 RNG = np.random.default_rng(0)
@@ -188,3 +191,54 @@ def test_nothing_correct():
 def test_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def trained(loss, epochs=15):
+    """A perceptron on scikit-learn's digits, and those that it has not seen."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.target))
+    x, y = (digits.data[order] / 16).astype(np.float32), digits.target[order].astype(np.int32)
+    mx.random.seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    fit(model, loss, (x[:1500], y[:1500]), optim.Adam(3e-3), epochs, batch_size=50, progress=False)
+    model.eval()
+    return model, (x[1500:], y[1500:])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [lambda m, x, y: cross_entropy(m(x), y).mean(), lambda m, x, y: adversarial_loss(m, x, y, 0.1, steps=3)],
+    ids=["plain", "adversarial"],
+)
+def test_trained_models_have_no_flags(loss):
+    """No false alarms, in balls from nearly none to all of them fooled."""
+    model, data = trained(loss)
+    for norm, eps in (("linf", 0.02), ("linf", 0.1), ("linf", 0.3), ("l2", 0.5)):
+        report = robust_accuracy(model, data, [PGD(eps, norm=norm, steps=20), Square(eps, norm=norm, queries=200)])
+        assert report.clean_accuracy > 0.9
+        assert report.flags == (), (norm, eps)
+
+
+@mx.custom_function
+def turned_inside(x):
+    return x
+
+
+@turned_inside.vjp
+def turned_inside_vjp(primals, cotangents, outputs):
+    """The gradient on the data, which come in sixteenths; its opposite anywhere else, where the first step ends."""
+    x = primals if isinstance(primals, mx.array) else primals[0]
+    on_data = (mx.abs(x * 16 - mx.round(x * 16)) < 1e-4).all(axis=1, keepdims=True)
+    cotangent = cotangents if isinstance(cotangents, mx.array) else cotangents[0]
+    return mx.where(on_data, cotangent, -cotangent)
+
+
+def test_more_steps_that_do_worse_are_flagged():
+    """One step from the input fools; each further step turns back."""
+    x = np.round(X * 16).astype(np.float32) / 16
+    y = np.array(plain(mx.array(x)).argmax(axis=1))
+    report = robust_accuracy(lambda a: plain(turned_inside(a)), (x, y), [PGD(0.2, steps=10)])
+    reasons = {flag.name: flag.reason for flag in report.flags}
+    assert "one step fools" in reasons["more_steps_weaker"]
+    assert "more than 50 steps" in reasons["more_steps_weaker"]
+    assert "more_steps_weaker" not in {f.name for f in robust_accuracy(plain, (x, y), [PGD(0.2, steps=10)]).flags}
