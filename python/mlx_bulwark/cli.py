@@ -739,7 +739,7 @@ def _budget(path: Path, delta: float, accountant: str | None, as_json: bool) -> 
     from .privacy.ledger import spent_by
 
     try:
-        found = spent_by(path, delta, accountant)
+        found = spent_by(path, delta, accountant, points=10 if as_json else 1)
     except PrivacyError as e:
         _fail(str(e), code=FORGED)
     except ValueError as e:

@@ -245,6 +245,9 @@ def test_budget_command(tmp_path, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert (found["epsilon"], found["steps"], found["adjacency"]) == (e.epsilon(1e-3), 3, e.adjacency)
     assert [(r["steps"], r["noise_multiplier"]) for r in found["runs"]] == [(2, 1.0), (1, 2.0)]
+    assert found["curve"]["step"] == [0, 1, 2, 3]
+    alone = [bw.compute_epsilon(1.0, e.sample_rate, steps, 1e-3) for steps in (1, 2)]
+    assert found["curve"]["epsilon"] == [0, *alone, e.epsilon(1e-3)]
     assert run(path, "--delta", "1e-3", "--accountant", "rdp") == 0
     out = capsys.readouterr().out
     assert f"epsilon {bw.ledger_epsilon(path, 1e-3, 'rdp'):.6g} at delta 0.001 after 3 steps (rdp" in out

@@ -152,7 +152,7 @@ def _run_stage(name: str, number: str, scene: Scene) -> None:
     summary = {"what": outcome.what, "without": outcome.without, "defended": outcome.defended}
     told = {"title": stage.title, "reason": stage.reason, "seconds": seconds, **summary}
     scene.figures.stages[name] = told | {"figures": outcome.figures}
-    scene.log.append("demo.stage", stage=name, **summary)
+    scene.log.append("demo.stage", stage=name, **{k: v for k, v in summary.items() if v})
     if outcome.section is not None:
         scene.sections.append(outcome.section)
     scene.tell("seconds", f"{seconds:.1f}")

@@ -59,15 +59,21 @@ def ledger_epsilon(path: str | os.PathLike[str], delta: float, accountant: Accou
     return math.inf if epsilon is None else float(epsilon)
 
 
-def spent_by(path: str | os.PathLike[str], delta: float, accountant: str | None = None) -> dict[str, Any]:
-    """What a ledger says, for the command ``mlx-bulwark budget``; an infinite epsilon is None."""
+def spent_by(
+    path: str | os.PathLike[str], delta: float, accountant: str | None = None, points: int = 1
+) -> dict[str, Any]:
+    """What a ledger says, for the command ``mlx-bulwark budget``; an infinite epsilon is None.
+
+    The curve of what was spent has ``points`` beside 0, each of which takes as long as the accounting of the last.
+    """
     if accountant not in (None, "pld", "rdp"):
         raise ValueError(f"[ledger_epsilon] accountant must be 'pld' or 'rdp' but is {accountant!r}")
     entries = read_ledger(path)
     discrete = any(isinstance(run.event.mechanism, Discrete) for run in entries.runs)
     chosen: Accountant = "rdp" if accountant == "rdp" or (accountant is None and discrete) else "pld"
     check_delta("ledger_epsilon", delta)
-    epsilon = composed_epsilon(releases_of(entries.runs), delta, chosen)
+    curve = _curve(entries.runs, delta, chosen, points)
+    epsilon = curve["epsilon"][-1]
     adjacencies = dict.fromkeys(run.event.sampling.adjacency for run in entries.runs)
     return {
         "kind": "privacy",
@@ -77,8 +83,28 @@ def spent_by(path: str | os.PathLike[str], delta: float, accountant: str | None 
         "adjacency": "; ".join(adjacencies) or ADJACENCY,
         "steps": entries.steps,
         "torn": os.path.getsize(path) > entries.size,
+        "curve": curve if epsilon < math.inf else None,
         "runs": [{"steps": run.steps, "session": run.session, **run.event.to_json()} for run in entries.runs],
     }
+
+
+def _curve(runs: tuple[Run, ...], delta: float, accountant: Accountant, points: int) -> dict[str, list[float]]:
+    """What was spent by some of the steps, the last among them."""
+    total = sum(run.steps for run in runs)
+    steps = sorted({total * i // points for i in range(points + 1)})
+    spent = [composed_epsilon(releases_of(_first(runs, step)), delta, accountant) for step in steps]
+    return {"step": [float(step) for step in steps], "epsilon": spent}
+
+
+def _first(runs: tuple[Run, ...], steps: int) -> tuple[Run, ...]:
+    """The first so many steps."""
+    kept = []
+    for run in runs:
+        if steps <= 0:
+            break
+        kept.append(run._replace(steps=min(run.steps, steps)))
+        steps -= run.steps
+    return tuple(kept)
 
 
 def read_ledger(path: str | os.PathLike[str]) -> Entries:

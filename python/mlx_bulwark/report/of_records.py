@@ -22,14 +22,17 @@ def _audit_log(data: Data) -> Section:
     section.figures = [
         Figure("Lines", f"{int(data['count']):,}"),
         Figure("Findings", str(len(data["findings"]))),
-        Figure("Last hash", str(data["chain"])[:16], "keep it elsewhere to find a cut end"),
+        Figure("Last hash", str(data["chain"])[:12], "keep it elsewhere to find a cut end"),
     ]
     section.notes += [str(f) for f in data["findings"]]
     if data.get("torn"):
         section.notes.append(f"The last {int(data['torn']):,} bytes are a torn line, which nobody was told is written.")
     if lines := data.get("lines"):
-        rows = [(str(r["n"]), str(r["time"]), str(r["kind"]), plain_words(r["fields"])) for r in lines[-MOST_ROWS:]]
-        section.tables.append(table("The newest lines", ("line", "time", "what", "fields"), rows, "line"))
+        rows = [
+            (str(r["n"]), str(r["time"])[:19].replace("T", " "), str(r["kind"]), plain_words(r["fields"]))
+            for r in lines[-MOST_ROWS:]
+        ]
+        section.tables.append(table("The newest lines", ("line", "time (UTC)", "what", "fields"), rows, "line"))
     return section
 
 
