@@ -200,14 +200,32 @@ def test_wrong_weights_are_refused(case):
             f()
 
 
+def digits():
+    """Handwritten digits, pixels in [0, 1], in a random order."""
+    images, labels = pytest.importorskip("sklearn.datasets").load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(images))
+    return (images[order] / 16).astype(np.float32), labels[order].astype(np.int32)
+
+
+def test_a_trained_denoiser_certifies_a_classifier_that_stays_as_it_is():
+    x, y = digits()
+    mx.random.seed(0)
+    classifier = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    fit(classifier, lambda m, x, y: nn.losses.cross_entropy(m(x), y, reduction="mean"), x[:1300], y[:1300], epochs=20)
+    denoiser = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+    fit(denoiser, lambda m, x, y: denoising_loss(m, x, 0.5, classifier=classifier), x[:1300], y[:1300], epochs=20)
+    accuracy = []
+    for model in (classifier, DenoisedClassifier(denoiser, classifier)):
+        table = certify_dataset(Smooth(model, 10, 0.5), x[1300:1400], y[1300:1400], n=500, progress=False)
+        accuracy.append(table.certified_accuracy([0.0, 0.5]))
+    assert (accuracy[1] >= accuracy[0] + 0.1).all(), accuracy  # 85 and 32 %, without the denoiser 60 and 0 %
+
+
 @pytest.mark.slow
 def test_each_method_certifies_more_than_plain_training():
     """Handwritten digits at r = 0.5, sigma = 0.5, in units of a pixel's range."""
-    datasets = pytest.importorskip("sklearn.datasets")
-    images, labels = datasets.load_digits(return_X_y=True)
-    x, y = (images / 16).astype(np.float32), labels.astype(np.int32)
-    order = np.random.default_rng(0).permutation(len(x))
-    train, test = order[:1300], order[1300:1500]
+    x, y = digits()
+    train, test = slice(0, 1300), slice(1300, 1500)
     methods = {
         "plain": lambda m, x, y: nn.losses.cross_entropy(m(x), y, reduction="mean"),
         "gaussian": lambda m, x, y: gaussian_augmentation_loss(m, x, y, 0.5),
