@@ -335,7 +335,7 @@ def test_the_report_tells_of_every_stage(layered):
     told = json.loads((folder / "report.json").read_text(), parse_constant=pytest.fail)
     kinds = [section["kind"] for section in told["sections"]]
     assert kinds == ["demo", *(f"demo_{name}" for name in figures.stages), "audit_log"]
-    assert AuditLog.verify(folder / "audit.jsonl").ok
+    assert AuditLog.verify(folder / "demo-audit.jsonl").ok
     assert [line["kind"] for line in told["sections"][-1]["data"]["lines"]] == [
         "manifest.build",
         *["demo.stage"] * len(figures.stages),

@@ -27,8 +27,6 @@ constexpr size_t GROUP_BYTES = 8 << 20;  // of rows that stay in the last-level 
 
 constexpr size_t MOST_OUTPUTS = 8;  // of one primitive; see SumOp. Metal kernels have buffers for no more
 
-size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
-
 // What the sums get on top after the last row; nothing where sigma is null.
 struct Noise {
   const float* sigma = nullptr;

@@ -5,6 +5,14 @@
 #include "mlx/ops.h"
 
 namespace bulwark {
+// Room for what is computed by parts: it grows, and serves the next part.
+using Buffer = std::vector<float>;
+
+inline float* room(Buffer& b, size_t n) {
+  if (b.size() < n) b.resize(n);
+  return b.data();
+}
+
 inline void allocate(Arrays& out) {
   for (auto& x : out) x.set_data(mx::allocator::malloc(x.nbytes()));
 }

@@ -79,5 +79,7 @@ class Pool {
   std::vector<std::thread> workers_;
 };
 
+inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+
 inline void parallel_for(size_t n, const std::function<void(size_t)>& f) { Pool::get().run(n, f); }
 }  // namespace bulwark

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <memory>
 
+#include "common/cpu.h"
 #include "common/isa.h"
 #include "common/parallel.h"
 #include "ghost/convolve.h"
@@ -13,15 +14,6 @@ static constexpr size_t MOST_WIDE = 64, MOST_NARROW = 4, LEAST_CHANNELS = 16;
 static constexpr size_t LEAST_POSITIONS = 512;  // or transforming the weights takes longer than what it saves
 static constexpr size_t BAND_VALUES = 16384;    // of padded input: they stay in the nearest cache but one
 static constexpr size_t TILES_VALUES = 131072, LEAST_TILES = 24, MOST_TILES = 96;
-
-using Buffer = std::vector<float>;
-
-static float* room(Buffer& b, size_t n) {
-  if (b.size() < n) b.resize(n);
-  return b.data();
-}
-
-static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
 
 static const ConvolveKernels& kernels() { return BULWARK_PICK(convolve_kernels); }
 
@@ -141,7 +133,9 @@ static std::vector<size_t> convolve_winograd(const Images& a) {
     thread_local Buffer values, products;
     const size_t from = task * block, n = std::min(block, tiles - from);
     float *v = room(values, 16 * n * c), *m = room(products, 16 * n * k.columns);
-    for (size_t t = 0; t < n; t++) k.tile(WinogradTile(a, from + t, zeros.data()).pixels, c, v + t * c, n * c);
+    std::vector<WinogradTile> places;
+    for (size_t t = 0; t < n; t++) places.emplace_back(a, from + t, zeros.data());
+    for (size_t t = 0; t < n; t++) k.tile(places[t].pixels, c, v + t * c, n * c);
     for (size_t j = 0; j < a.outputs; j += k.columns) {
       const float* w = u.data() + j / k.columns * panel;
       for (size_t i = 0; i < 16; i++)
@@ -149,11 +143,10 @@ static std::vector<size_t> convolve_winograd(const Images& a) {
                k.columns);
       const size_t count = std::min(k.columns, a.outputs - j);
       for (size_t t = 0; t < n; t++) {
-        WinogradTile tile(a, from + t, zeros.data());
         float* y[4];
-        for (size_t q = 0; q < 4; q++) y[q] = tile.y[q] ? tile.y[q] + j : nullptr;
+        for (size_t q = 0; q < 4; q++) y[q] = places[t].y[q] ? places[t].y[q] + j : nullptr;
         if (!k.outputs(m + t * k.columns, n * k.columns, a.bias ? a.bias + j : nullptr, count, y))
-          spoilt[tile.image] = true;
+          spoilt[places[t].image] = true;
       }
     }
   });

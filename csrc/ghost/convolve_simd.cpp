@@ -2,27 +2,15 @@
 
 #include <string.h>
 
+#include "common/lanes.h"
+
 namespace bulwark::BULWARK_ISA {
-#if defined(__AVX512F__)
-constexpr size_t LANES = 16;
-#elif defined(__AVX2__)
-constexpr size_t LANES = 8;
-#else
-constexpr size_t LANES = 4;
-#endif
 template <size_t N>
 struct Floats {
   typedef float Type __attribute__((vector_size(4 * N)));
 };
-using Vec = Floats<LANES>::Type;
 
 constexpr size_t COLUMNS = 2 * LANES, ROWS = 6;  // their sums and what they read fit into 16 registers
-
-static Vec load(const float* p) {
-  Vec v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
 
 static void store(const Vec& v, float* p) { memcpy(p, &v, sizeof v); }
 
@@ -157,7 +145,7 @@ static bool outputs(const float* m, size_t distance, const float* bias, size_t n
           m3 = load(from + 12 * distance);
       t[0][x] = m0 + m1 + m2, t[1][x] = m1 - m2 - m3;
     }
-    size_t count = n - j < LANES ? n - j : LANES;
+    size_t count = n - j < size_t(LANES) ? n - j : LANES;
     for (size_t q = 0; q < 4; q++) {
       Vec* s = t[q / 2];
       Vec found = (q % 2 ? s[1] - s[2] - s[3] : s[0] + s[1] + s[2]) + load(start + j);

@@ -23,8 +23,6 @@ static constexpr size_t EMBEDDING_COLUMNS = 1024;
 static constexpr size_t LEAST_CONVOLVED_ROWS = 64, MOST_CONVOLVED_ROWS = 1024;  // a tile of U stays in the cache
 static constexpr double PACKING = 12;  // multiplications in whose time one value is gathered
 
-static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
-
 static int type_of(const mx::array& x) { return x.dtype() == mx::float32 ? 0 : x.dtype() == mx::float16 ? 1 : 2; }
 
 static double dot(const float* a, const float* b, float add, size_t n) {
@@ -81,15 +79,9 @@ struct Panel {
   size_t ld;
 };
 
-using Buffer = std::vector<float>;
 struct Scratch {
   Buffer u, d, v, e, s, t;
 };
-
-static float* room(Buffer& b, size_t n) {
-  if (b.size() < n) b.resize(n);
-  return b.data();
-}
 
 struct Work {
   std::vector<Call> calls;

@@ -8,24 +8,9 @@
   #include <arm_neon.h>
 #endif
 
+#include "common/lanes.h"
+
 namespace bulwark::BULWARK_ISA {
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX2__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-typedef float Vec __attribute__((vector_size(4 * LANES)));
-typedef float HalfVec __attribute__((vector_size(2 * LANES)));
-typedef double Doubles __attribute__((vector_size(4 * LANES)));  // one for each lane of a HalfVec
-
-static Vec load(const float* p) {
-  Vec v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
 static double total(Doubles sums) {
   double s = 0;
   for (int k = 0; k < LANES / 2; k++) s += sums[k];

@@ -29,8 +29,6 @@ static constexpr float LARGEST = std::numeric_limits<float>::max();
 static constexpr float INFINITE = std::numeric_limits<float>::infinity();
 static constexpr double UNIT = 0x1p-24;  // rounding of float32, relative
 
-static size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
-
 struct Problem {
   const char *x, *y;
   const int32_t* exclude;  // or null

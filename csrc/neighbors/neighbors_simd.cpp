@@ -5,24 +5,10 @@
   #include <immintrin.h>
 #endif
 
-namespace bulwark::BULWARK_ISA {
-#if defined(__AVX512F__)
-constexpr int LANES = 16;
-#elif defined(__AVX2__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-typedef float Vec __attribute__((vector_size(4 * LANES)));
-typedef int32_t Mask __attribute__((vector_size(4 * LANES)));
-typedef float HalfVec __attribute__((vector_size(2 * LANES)));
-typedef double Doubles __attribute__((vector_size(4 * LANES)));  // one for each lane of a HalfVec
+#include "common/lanes.h"
 
-static Vec load(const float* p) {
-  Vec v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
+namespace bulwark::BULWARK_ISA {
+typedef int32_t Mask __attribute__((vector_size(4 * LANES)));
 
 static Doubles load_doubles(const float* p) {
   HalfVec v;

@@ -26,8 +26,6 @@ constexpr size_t FEW_BINS = 48;    // which are compared with one after the othe
 constexpr size_t FEW = 256;        // values that are sorted without counting
 constexpr size_t FEWEST_BLOCKS = 64, ROWS_FOR_CELLS = 8;  // cells cost more than they save below, and with fewer rows
 
-size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
-
 const TailsKernels& kernels() { return BULWARK_PICK(tails_kernels); }
 
 // The rows of x, with no hold on the array.

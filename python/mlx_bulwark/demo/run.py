@@ -109,7 +109,7 @@ def run_demo(options: DemoOptions, say: Callable[[str], None]) -> Figures:
         with stoppable() as stop:
             split = _load(options, figures, say)
             stop.check()
-            scene = Scene(options, split, figures, stop, say, _new_log(options.out / "audit.jsonl"))
+            scene = Scene(options, split, figures, stop, say, _new_log(options.out / "demo-audit.jsonl"))
             _run_stages(scene)
     except KeyboardInterrupt:
         figures.interrupted = True

@@ -359,7 +359,8 @@ def convolve(
     """Convolution as ``mx.conv_general`` has it (no kernel is flipped), faster on the CPU.
 
     On the CPU what each position sees is gathered a few rows at a time, on all cores, where MLX writes the unfolded
-    input to memory on one. Half precision, and everything on Metal, is left to MLX.
+    input to memory on one; where there are few channels or outputs nothing is gathered, and 3 x 3 kernels of stride 1
+    take 16 products where 36 stood. Half precision, and everything on Metal, is left to MLX.
 
     Args:
         x: Inputs ``[B, *space, c]`` with 1, 2 or 3 axes of space; float32, float16 or bfloat16.
@@ -385,6 +386,7 @@ def convolve(
 
     Source:
         K. Chellapilla et al., "High Performance Convolutional Neural Networks for Document Processing", 2006.
+        A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural Networks", 2016.
     """
     sizes = _convolution(x, weight, bias, {"stride": stride, "padding": padding, "dilation": dilation}, groups)
     if x.dtype == mx.float32 and _runs_kernel(stream):
