@@ -22,6 +22,7 @@
   #include "common/sim.h"
 #endif
 #include "ghost/ghost.h"
+#include "ghost/pool.h"
 #include "mlx/version.h"
 #include "neighbors/neighbors.h"
 #include "noise/noise.h"
@@ -109,6 +110,8 @@ NB_MODULE(_ext, m) {
   m.def("ghost_clipped_sum", &ghost_clipped_sum, "x"_a, "dy"_a, "mask"_a, "factors"_a, "bias"_a, "groups"_a, "window"_a,
         "stream"_a = nb::none());
   m.def("convolved", &convolved, "x"_a, "weight"_a, "bias"_a, "groups"_a, "window"_a, "stream"_a = nb::none());
+  m.def("max_pool", &max_pool, "x"_a, "kernel"_a, "stream"_a = nb::none());
+  m.def("max_pool_gradient", &max_pool_gradient, "x"_a, "dy"_a, "kernel"_a, "stream"_a = nb::none());
   m.def("embedding_sq_norms", &embedding_sq_norms, "tokens"_a, "dy"_a, "segments"_a, "units"_a,
         "stream"_a = nb::none());
   m.def("embedding_clipped_sum", &embedding_clipped_sum, "tokens"_a, "dy"_a, "factors"_a, "vocabulary"_a,

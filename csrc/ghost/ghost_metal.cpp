@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "ghost/ghost.h"
+#include "ghost/pool.h"
 
 namespace bulwark {
 namespace {
@@ -132,6 +133,8 @@ void EmbeddingSqNorms::metal(const Arrays& in, Arrays& out) {
 void GhostGrads::metal(const Arrays&, Arrays&) { none(); }
 void GhostClippedSum::metal(const Arrays&, Arrays&) { none(); }
 void Convolved::metal(const Arrays&, Arrays&) { none(); }
+void MaxPool::metal(const Arrays&, Arrays&) { none(); }
+void MaxPoolGradient::metal(const Arrays&, Arrays&) { none(); }
 void EmbeddingClippedSum::metal(const Arrays&, Arrays&) { none(); }
 void EmbeddingLinearProducts::metal(const Arrays&, Arrays&) { none(); }
 }  // namespace bulwark

@@ -29,6 +29,7 @@ from .ops.noise import (
     random_bits,
     random_key,
 )
+from .ops.pool import max_pool
 from .ops.smooth import count_votes, noisy_copies
 from .ops.step import projected_step, random_start
 from .ops.tails import (
@@ -124,6 +125,7 @@ __all__ = [
     "linear_sample_grads",
     "linear_sq_norms",
     "mahalanobis",
+    "max_pool",
     "merge_column_stats",
     "mmd",
     "noisy_copies",

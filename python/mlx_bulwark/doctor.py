@@ -25,7 +25,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from . import _native
-from .ops import clip, ghost, mmd, neighbors, noise, smooth, step, tails
+from .ops import clip, ghost, mmd, neighbors, noise, pool, smooth, step, tails
 
 TIME_LIMIT = 600.0  # seconds of a child process; compiling all Metal kernels takes some ten
 SIZE = 10_003
@@ -366,6 +366,18 @@ def _convolve() -> Iterator[Case]:
         x, _ = _image(dtype)
         weight = _normals((4, 3, 3, 3), dtype)
         yield Case(_name(dtype), partial(ghost.convolve, x, weight, weight[:, 0, 0, 0], stride=2, padding=1, groups=2))
+
+
+@_op
+def _max_pool() -> Iterator[Case]:
+    for dtype in TOLERANCES:
+        x, _ = _image(dtype)
+        yield Case(_name(dtype), partial(pool.max_pool, x, (2, 3)))
+        yield Case(f"{_name(dtype)}, its gradient", partial(_max_pool_gradient, x))
+
+
+def _max_pool_gradient(x: mx.array, *, stream: Any) -> mx.array:
+    return cast(mx.array, mx.grad(lambda a: pool.max_pool(a, (2, 3), stream=stream).sum())(x))
 
 
 @_op
