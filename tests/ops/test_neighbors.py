@@ -469,7 +469,8 @@ def test_few_rows_against_many(metric):
         assert_knn(rand((3, 6)), mx.concatenate([y[:40]] * 230), 60, metric)
 
 
-def test_most_neighbors():
-    with _native.using("native"):
-        assert_knn(rand((4, 5)), rand((3000, 5), seed=1), 1024)
+def test_most_neighbors(backend):
+    assert_knn(rand((4, 5)), rand((3000, 5), seed=1), 1024)
+    assert_knn(rand((4, 5)), rand((1024, 5), seed=1), 1024)  # every row is a neighbour
+    if backend != "metal-sim":  # a million pairs are many for a simulator
         assert_knn(rand((1100, 5)), None, 1024)
