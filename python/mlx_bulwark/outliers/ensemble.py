@@ -143,9 +143,11 @@ def _known_contributions(detector: Any, x: Floats) -> Any:
 
 def _probability(scores: Float64, level: Float64) -> Float64:
     finite = level[np.isfinite(level)]
-    mean, spread = (float(finite.mean()), float(finite.std())) if len(finite) else (0.0, 0.0)
+    tiny = np.finfo(float).tiny
+    unit = max(float(np.abs(finite).max(initial=0)), tiny)  # squares of the largest distances would overflow
+    mean, spread = (float((finite / unit).mean()), float((finite / unit).std())) if len(finite) else (0.0, 0.0)
     with np.errstate(over="ignore"):
-        z = (scores - mean) / max(np.sqrt(2) * spread, np.finfo(float).tiny)
+        z = (scores / unit - mean) / max(np.sqrt(2) * spread, tiny)
     return np.maximum(0, erf(z))
 
 

@@ -83,17 +83,29 @@ class Mahalanobis(OutlierDetector):
         with warnings.catch_warnings():  # the floor takes care of what these are about
             warnings.filterwarnings("ignore", "The covariance matrix associated to your dataset is not full rank")
             warnings.filterwarnings("ignore", "Determinant has increased")
-            model.fit(x @ directions)
+            try:
+                model.fit(x @ directions)
+            except ValueError as e:
+                if "covariance matrix of the support data is equal to 0" not in str(e):
+                    raise
+                return np.median(x, axis=0), np.zeros((x.shape[1], x.shape[1]))  # most rows are one and the same
         return directions @ model.location_, directions @ model.covariance_ @ directions.T
 
     def _score(self, x: mx.array) -> Any:
-        return mahalanobis(x, mx.array(self.location_.astype(np.float32)), mx.array(self.cholesky_.astype(np.float32)))
+        center, factor = (mx.array(a.astype(np.float32)) for a in (self.location_, self.cholesky_))
+        scores = np.array(mahalanobis(x, center, factor), np.float64)
+        far = ~np.isfinite(scores)  # beyond float32
+        if far.any():
+            scores[far] = np.square(self._whitened(np.array(x)[far])).sum(axis=0)
+        return scores
+
+    def _whitened(self, x: Float32) -> Float64:
+        return np.asarray(solve_triangular(self.cholesky_, (x - self.location_).T, lower=True))
 
     def _contributions(self, x: Float32) -> Floats:
         """Each column's term of the quadratic form; terms may be negative, and add up to the score."""
-        centered = x - self.location_
-        half = solve_triangular(self.cholesky_, centered.T, lower=True)
-        return centered * solve_triangular(self.cholesky_, half, lower=True, trans="T").T
+        turned = solve_triangular(self.cholesky_, self._whitened(x), lower=True, trans="T")
+        return (x - self.location_) * np.asarray(turned).T
 
 
 class PCAReconstruction(OutlierDetector):

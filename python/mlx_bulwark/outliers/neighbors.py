@@ -25,6 +25,7 @@ from .inputs import admit
 
 METRICS = ("euclidean", "cosine")
 METHODS = ("largest", "mean", "median")
+FARTHEST = float(np.finfo(np.float64).max) / 8192  # rows may lie farther apart than float64 tells; sums stay finite
 _TERMS_AT_ONCE = 1 << 24  # rows times neighbours times columns
 
 # Which training row each row is, if any; "twin": the one that equals it, if any.
@@ -100,7 +101,8 @@ class _NeighborDetector(OutlierDetector):
             found.append([np.array(a) for a in knn(block, self.reference_, k, self.metric, exclude=exclude)])
         distances, indices = (np.concatenate(a) for a in zip(*found, strict=True))
         unit = 1.0 if self.metric == "cosine" else frame_scale(self.frame_)
-        return distances.astype(np.float64) / unit, indices
+        with np.errstate(over="ignore"):
+            return np.minimum(distances.astype(np.float64) / unit, FARTHEST), indices
 
     def _from_neighbors(self, distances: Float64, indices: Ints) -> Float64:
         raise NotImplementedError
