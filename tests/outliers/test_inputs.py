@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from mlx_bulwark.outliers import ECOD, HBOS, KNN, LOF, IsolationForest, Mahalanobis, PCAReconstruction, RobustZ
+from mlx_bulwark.outliers import ECOD, HBOS, KNN, LOF, Mahalanobis, PCAReconstruction, RobustZ
 from mlx_bulwark.outliers.frame import LIMIT, frame_of
 
 QUICK = ["RobustZ", "ECOD", "HBOS", "KNN", "LOF", "Mahalanobis", "PCA", "IsolationForest", "Ensemble of ranks"]
