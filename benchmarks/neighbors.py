@@ -2,7 +2,7 @@
 
 ``knn``: rows against themselves, where ours computes each product once; ``queries``: as many rows against others. Peers
 find one neighbour more where a row finds itself. Peak memory is what a call adds, over the n x m matrix in float32 that
-none of it holds. Growth is the slope of the logarithm of time.
+none of it holds. Growth is the slope of the logarithm of time; that of scoring is fitted as in the suite ``tails``.
 """
 
 import math
@@ -10,6 +10,8 @@ import math
 import mlx.core as mx
 import mlx_bulwark as bw
 import numpy as np
+
+from benchmarks.tails import exponent
 
 N, D, K = 20_000, 128, 10
 CHECKED = 100  # rows whose neighbours are held against float64
@@ -21,8 +23,10 @@ def run(bench):
         compare(bench, case, rows, queries)
     case = "knn_20kx20k_d128_k10"
     share = bench.peak_memory(step, N, D, K) / (4 * N * N)
+    bench.check(case, share <= 0.1)
     bench.row(f"{case}/peak_memory_over_matrix", share, "x", peer="n x m floats", better="lower")
     growth(bench)
+    growth_of_scoring(bench)
     duplicates(bench)
 
 
@@ -71,6 +75,20 @@ def growth(bench):
         sizes = [math.prod(shape) for shape in shapes]
         slope = np.polyfit(np.log(sizes), np.log([times[str(shape)].median for shape in shapes]), 1)[0]
         bench.row(f"{case}/exponent", slope, "", better="lower")
+
+
+def growth_of_scoring(bench):
+    """More and more rows against a reference that stays: linear but for what a call costs at any size."""
+    case, reference = "growth_in_queries_m8k_d64", mx.array(normals(8000, 64, 1))
+    sizes = [500, 2000, 8000] if bench.quick else [4000, 16_000, 64_000]
+    queries = {n: mx.array(normals(n, 64)) for n in sizes}
+    found = exponent(sizes, lambda n: bw.knn(queries[n], reference, K))
+    few = queries[sizes[0]]
+    bench.check(
+        case, right(np.array(bw.knn(few, reference, K).indices), np.array(few), np.array(reference), itself=False)
+    )
+    bench.check(case, bench.quick or found < 1.05)
+    bench.row(f"{case}/exponent", found, "", better="lower")
 
 
 def duplicates(bench):

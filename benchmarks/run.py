@@ -260,9 +260,10 @@ class _Limits:
         best = math.inf
         with ThreadPoolExecutor(THREADS) as pool:
             for _ in range(10):
-                start = time.perf_counter()
-                list(pool.map(np.max, pieces))
-                best = min(best, time.perf_counter() - start)
+                for read in (np.max, lambda p: np.dot(p, p)):  # either is the faster one on some machine
+                    start = time.perf_counter()
+                    list(pool.map(read, pieces))
+                    best = min(best, time.perf_counter() - start)
         return sum(p.nbytes for p in pieces) / best
 
 

@@ -651,6 +651,57 @@ def test_spectral_of_equal_rows(backend):
     assert bw.spectral_scores(mx.full((7, 3), 5.0)).tolist() == [0.0] * 7
 
 
+# ---- any rows
+
+ANY = st.one_of(st.floats(width=32), st.sampled_from([0.0, 1.0, 3.4e38, -3.4e38, INF, -INF, NAN]))
+
+
+@settings(max_examples=30)
+@given(x=hnp.arrays(np.float32, (5, 3), elements=ANY), constant=st.booleans())
+def test_any_rows_have_scores_of_their_own(backend, x, constant):
+    """Whatever stands beside it, a row scores what it scores alone: NaN where it has one."""
+    if backend in ("metal", "metal-sim"):
+        x = np.where(abs(x) < 2.0**-126, 0, x).astype(np.float32)
+    train = skewed((33, 3))
+    train[:, 0] = 2.5 if constant else train[:, 0]
+    quantiles, histogram = bw.quantile_table(train), bw.histogram_table(train)
+    center, scale = bw.robust_scale(quantiles)
+    lower = mx.array(factor(3))
+    nan, finite = np.isnan(x), np.isfinite(x).all(1)
+    for f in (
+        lambda a: bw.tail_scores(a, quantiles),
+        lambda a: bw.tail_scores(a, quantiles, "copod", "paper"),
+        lambda a: bw.histogram_scores(a, histogram),
+        lambda a: bw.mahalanobis(a, center, lower),
+        lambda a: bw.robust_zscore(a, center, scale),
+    ):
+        got = f(mx.array(x))
+        alone = mx.concatenate([f(mx.array(row[None])) for row in x])
+        assert mx.array_equal(got, alone, equal_nan=True)
+        found = np.isnan(np.array(got))
+        assert found[nan if found.ndim == 2 else nan.any(1)].all()
+        if f(mx.array(x[:1])).ndim == 2:
+            assert (found == nan).all()
+    want = hbos64(
+        x[finite].astype(np.float64), np64(histogram.edges), np.array(histogram.counts), np64(histogram.widths)
+    )
+    assert_scores(bw.histogram_scores(mx.array(x[finite]), histogram), want.sum(1))
+    off = x.astype(np.float64) - np64(center)
+    with np.errstate(all="ignore"):
+        z = np.where(off == 0, np.where(nan, NAN, 0), off / np64(scale)).astype(np.float32)
+    np.testing.assert_allclose(np64(bw.robust_zscore(mx.array(x), center, scale)), z, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=20)
+@given(x=hnp.arrays(np.float32, (7, 3), elements=st.floats(-(2.0**50), 2.0**50, width=32)))
+def test_any_spectral_scores(backend, x):
+    """By all directions a row scores its squared distance from the mean."""
+    want = np.square(x - x.astype(np.float64).mean(0)).sum(1)
+    got = np64(bw.spectral_scores(mx.array(x), 3))
+    assert (got >= 0).all()
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-4 * want.max() + 1e-37)
+
+
 # ---- transformations, threads, arguments
 
 
