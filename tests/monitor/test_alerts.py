@@ -1,15 +1,18 @@
 """Alerts, cool-down, the state file and the sinks."""
 
+import contextlib
 import hashlib
 import hmac
 import http.server
 import json
 import logging
 import os
+import socket
 import sqlite3
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -350,6 +353,30 @@ def test_webhook_follows_no_redirect(receiver):
     with pytest.raises(DeliveryError, match="status 302"):
         WebhookSink(receiver.url).deliver(alert())
     assert [path for path, _, _ in receiver.got] == ["/hooks/T0KEN"]
+
+
+def test_webhook_that_never_answers(tmp_path):
+    """Its timeout ends the wait, the alert is kept and tried again; nobody else waits for it."""
+    with socket.create_server(("127.0.0.1", 0)) as deaf, contextlib.closing(State(tmp_path / "s")) as state:
+        sink = WebhookSink(f"http://127.0.0.1:{deaf.getsockname()[1]}/", timeout=0.1)
+        clock, other = Clock(), Flaky(0, "other")
+        outbox = Outbox(state, [sink, other], clock=clock)
+        outbox.raise_alerts([alert()])
+        for _ in range(2):
+            began = time.monotonic()
+            outbox.deliver()
+            assert 0.1 <= time.monotonic() - began < 5.0
+            waiting = state.pending()["webhook"]
+            assert waiting["waiting"] == 1
+            assert "TimeoutError" in waiting["error"]
+            deaf.settimeout(5.0)
+            deaf.accept()[0].close()
+            outbox.deliver()
+            deaf.settimeout(0.0)
+            with pytest.raises(BlockingIOError):
+                deaf.accept()  # it is not asked again before its time
+            clock.now += 1000.0
+        assert other.got == [alert()]
 
 
 def test_webhook_that_is_not_there(receiver, tmp_path, caplog):

@@ -23,6 +23,7 @@ from mlx_bulwark.monitor import (
     Shewhart,
     StateError,
     change_point,
+    windows,
 )
 from mlx_bulwark.monitor.monitor import _make_series, cusum_limit
 from mlx_bulwark.monitor.series import Batch, Series
@@ -383,6 +384,19 @@ def test_correlation_that_turns_is_found_by_the_mmd():
     turned = np.hstack([z, -z + noise])[2000:4000]
     (found,) = [t for t in window.add(turned) if t.drift]
     assert (found.test, found.column, found.rows) == ("mmd", None, 2000)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3, 0.6])
+def test_few_permutations_decide_as_all_of_them_do(monkeypatch, shift):
+    rng = np.random.default_rng(0)
+    window = DriftWindow("w", rng.normal(size=(100, 3)), size=50)
+    new = rng.normal(shift, size=(30, 50, 3))
+    few = [window._together(rows_, 0.01) for rows_ in new]
+    monkeypatch.setattr(windows, "FIRST_PERMUTATIONS", 199)  # as many as that level asks for
+    everything = [window._together(rows_, 0.01) for rows_ in new]
+    assert [t.drift for t in few] == [t.drift for t in everything]
+    assert [t.p_value for t in few if t.drift] == [t.p_value for t in everything if t.drift]
+    assert sum(t.drift for t in few) >= (0 if shift == 0 else 5)
 
 
 def test_windows_keep_no_more_than_they_say():

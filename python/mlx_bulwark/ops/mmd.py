@@ -177,13 +177,13 @@ def _prepared(
 
 def _median_distance(rows: NumpyArray) -> float:
     half = 0.5 * np.square(rows).sum(1)
-    squares = 2 * (half[:, None] + half - rows @ rows.T)[np.triu_indices(len(rows), 1)]
-    squares = squares[squares > 1e-12 * half.max()]
-    everything = len(rows) * (len(rows) - 1) // 2
-    if 2 * len(squares) <= everything:  # the median is 0
-        return math.sqrt(float(np.median(squares))) if len(squares) else 1.0
-    zeros = np.zeros(everything - len(squares))
-    return math.sqrt(float(np.median(np.concatenate([zeros, squares]))))
+    squares = (half[:, None] + half - rows @ rows.T)[~np.tri(len(rows), dtype=bool)]
+    same = squares <= 0.5e-12 * half.max()
+    if 2 * np.count_nonzero(same) >= len(squares):  # the median is 0
+        squares = squares[~same]
+        return math.sqrt(2 * float(np.median(squares))) if len(squares) else 1.0
+    squares[same] = 0.0
+    return math.sqrt(2 * float(np.median(squares)))
 
 
 def _assignments(n: int, rows: int, permutations: int, generator: np.random.Generator) -> NumpyArray:
