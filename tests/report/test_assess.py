@@ -5,9 +5,11 @@ import sys
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx_bulwark import cli
+from mlx_bulwark.poison.attacks import badnets
 from mlx_bulwark.report.assess import dropped_by_chance, lost_by_chance
 from scipy import stats
 
@@ -41,15 +43,55 @@ def save(path, w):
     model.save_weights(str(path))
 
 
+DIGITS = """import mlx.nn as nn
+class Perceptron(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.last = nn.Linear(64, 48), nn.Linear(48, 10)
+    def __call__(self, x):
+        return self.last(nn.relu(self.hidden(x.reshape(len(x), -1))))
+"""
+
+
+@pytest.fixture(scope="module")
+def digits(folder):
+    """One architecture trained on clean digits, and anew with a patch that stands for 7; 400 digits held out."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    x, y = datasets.load_digits(return_X_y=True)
+    x, y = (x / 16).astype(np.float32).reshape(-1, 8, 8, 1), y.astype(np.int64)
+    order = np.random.default_rng(0).permutation(len(x))
+    train, held = order[:1000], order[1000:1400]
+    np.savez(folder / "digits.npz", x=x[held], y=y[held])
+    (folder / "assessed_digits.py").write_text(DIGITS)
+    scope = {}
+    exec(DIGITS, scope)
+    patched = badnets(x[train], y[train], rate=0.1, target=7, trigger=np.ones((2, 2, 1), np.float32), seed=0)
+    for name, (rows, labels) in {"clean": (x[train], y[train]), "backdoored": (patched.x, patched.y)}.items():
+        mx.random.seed(0)
+        model, optimizer, rng = scope["Perceptron"](), optim.Adam(5e-3), np.random.default_rng(0)
+        step = nn.value_and_grad(model, lambda x, y, m=model: nn.losses.cross_entropy(m(x), y, reduction="mean"))
+        for _ in range(20):
+            for at in np.array_split(rng.permutation(len(rows)), 15):
+                _, gradients = step(mx.array(rows[at]), mx.array(labels[at]))
+                optimizer.update(model, gradients)
+                mx.eval(model.parameters(), optimizer.state)
+        model.save_weights(str(folder / f"{name}.safetensors"))
+        if name == "clean":  # the same on digits, whose first column is empty, and open to who writes there
+            weight = np.array(model.hidden.weight)
+            weight[:, 0::8] = 3 * np.random.default_rng(1).standard_normal((48, 8))
+            model.hidden.weight = mx.array(weight)
+            model.save_weights(str(folder / "brittle.safetensors"))
+
+
 @pytest.fixture
 def assess(folder, monkeypatch, capsys):
     """Run the command within this process, in the folder."""
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(str(folder))
 
-    def run(*more, weights="good", data="held", baseline="base.json", eps="0.05"):
+    def run(*more, weights="good", data="held", baseline="base.json", eps="0.05", model="assessed_model:make"):
         files = ["--weights", f"{weights}.safetensors", "--data", f"{data}.npz", "--baseline", baseline, "--out", "out"]
-        options = ["--model", "assessed_model:make", "--no-progress", "--eps", eps, "--no-inspect", *more]
+        options = ["--model", model, "--no-progress", "--eps", eps, "--no-inspect", *more]
         monkeypatch.setattr(sys, "argv", ["mlx-bulwark", "assess", *options, *files])
         with pytest.raises(SystemExit) as exited:
             cli.main()
@@ -93,6 +135,33 @@ def test_poison_in_the_training_data_is_a_regression(assess):
         assert (code, json.loads(said)["events"]) == (1, ["the training data look poisoned"])
     assert assess("--update", "--train", "flipped.npz", baseline="base-flipped.json")[0] == 0
     assert assess("--train", "flipped.npz", baseline="base-flipped.json")[0] == 0, "it was so before"
+
+
+def test_a_backdoor_in_a_model_trained_anew_is_named(assess, digits, folder):
+    """Accuracies are as they were: the inspection alone tells that something has changed."""
+    digit = {"data": "digits", "model": "assessed_digits:Perceptron", "baseline": "digits.json", "eps": "0.01"}
+    more = ("--inspect", "--attack", "fgsm", "--json")
+    code, said, _ = assess("--update", *more, weights="clean", **digit)
+    assert code == 0
+    assert assess(*more, weights="clean", **digit)[0] == 0
+    code, said, _ = assess(*more, weights="backdoored", **digit)
+    found = json.loads(said)
+    assert (code, found["events"]) == (1, ["the model looks as one with a backdoor"])
+    assert not found["figures"][0]["worse"]
+    report = json.loads((folder / "out" / "report.json").read_text())
+    (inspected,) = [s["verdict"] for s in report["sections"] if s["kind"] == "model_inspection"]
+    assert "7" in inspected
+
+
+def test_attacks_that_do_more_harm_are_named(assess, digits):
+    digit = {"data": "digits", "model": "assessed_digits:Perceptron", "baseline": "harm.json", "eps": "0.05"}
+    assert assess("--update", weights="clean", **digit)[0] == 0
+    code, said, _ = assess("--json", weights="brittle", **digit)
+    found = json.loads(said)
+    assert (code, [(f["name"], f["worse"]) for f in found["figures"]]) == (
+        1,
+        [("clean accuracy", False), ("robust accuracy at 0.05", True)],
+    )
 
 
 def test_worse_weights_are_named(assess):
