@@ -1,6 +1,7 @@
 """What all detectors share: scikit-learn's conventions over scores that the kernels make."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -55,7 +56,7 @@ class Explanation:
         return [(self.columns[j], float(adds[j])) for j in order if adds[j] > 0]
 
 
-class OutlierDetector(OutlierMixin, BaseEstimator):
+class OutlierDetector(OutlierMixin, BaseEstimator, ABC):
     """Base of the detectors.
 
     What a detector learns is frozen at ``fit``: the score of a row never depends on the rows that are scored beside it.
@@ -72,6 +73,7 @@ class OutlierDetector(OutlierMixin, BaseEstimator):
     _least_rows = 2
     _auto_offset: float | None = None  # threshold of contamination="auto", where the scores have an absolute meaning
 
+    @abstractmethod
     def fit(self, X: Any, y: Any = None) -> Any:
         """Learn what is normal.
 
@@ -91,14 +93,6 @@ class OutlierDetector(OutlierMixin, BaseEstimator):
             >>> ECOD().fit(np.random.default_rng(0).normal(size=(100, 3))).n_features_in_
             3
         """
-        self._check_parameters()
-        x = admit(self, X, reset=True, least=self._least_rows)
-        self.frame_ = self._frame(x)
-        z = self.frame_.apply(x)
-        self._fit(z)
-        self.training_scores_ = -np.asarray(self._training(z), dtype=np.float64)
-        self.offset_ = self._threshold(self.training_scores_)
-        return self
 
     def score_samples(self, X: Any) -> Float64:
         """Score rows, the lower the more abnormal.
@@ -226,30 +220,17 @@ class OutlierDetector(OutlierMixin, BaseEstimator):
         check_is_fitted(self)
         storage.save(self, path)
 
-    def _frame(self, x: Floats) -> Frame:
-        return frame_of(x, per_column=True)
+    @abstractmethod
+    def _prepared(self, x: Floats) -> Any:
+        """Admitted rows as ``_scores_of`` takes them."""
 
-    def _fit(self, x: Float32) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _scores_of(self, x: Any) -> Float64:
+        """Anomaly scores of prepared rows."""
 
-    def _score(self, x: mx.array) -> Any:
-        """Anomaly scores of a block of rows."""
-        raise NotImplementedError
-
-    def _score_known(self, x: mx.array) -> Any:
-        """Scores by which a row that equals a training row scores as that row did."""
-        return self._score(x)
-
-    def _training(self, x: Float32) -> Floats:
-        """Anomaly scores of the training rows."""
-        return self._scores_of(x)
-
-    def _contributions(self, x: Float32) -> Floats:
-        raise NotImplementedError
-
-    def _contributions_known(self, x: Float32) -> Floats:
-        """What ``_score_known`` is made of."""
-        return self._contributions(x)
+    @abstractmethod
+    def _contributions(self, x: Any) -> Floats:
+        """What each column adds to the scores of prepared rows."""
 
     def _check_parameters(self) -> None:
         check_contamination(self, self.contamination, auto=self._auto_offset is not None)
@@ -257,17 +238,6 @@ class OutlierDetector(OutlierMixin, BaseEstimator):
     def _framed(self, X: Any) -> Any:
         check_is_fitted(self)
         return self._prepared(admit(self, X, reset=False))
-
-    def _prepared(self, x: Floats) -> Any:
-        """Admitted rows as ``_scores_of`` takes them."""
-        return self.frame_.apply(x)
-
-    def _scores_of(self, x: Float32) -> Float64:
-        return self._blocks(x, self._score)
-
-    def _blocks(self, x: Float32, score: Callable[[mx.array], Any]) -> Float64:
-        blocks = [score(mx.array(x[i : i + BLOCK_ROWS])) for i in range(0, len(x), BLOCK_ROWS)]
-        return np.concatenate([np.asarray(b, dtype=np.float64) for b in blocks])
 
     def _threshold(self, scores: Float64) -> float:
         if self.contamination == "auto":
@@ -279,6 +249,54 @@ class OutlierDetector(OutlierMixin, BaseEstimator):
         names = getattr(self, "feature_names_in_", None)
         columns = [f"column {j}" for j in range(contributions.shape[1])] if names is None else [str(n) for n in names]
         return Explanation(np.asarray(contributions, dtype=np.float64), columns)
+
+
+class SingleDetector(OutlierDetector):
+    """A detector that looks at rows through a frame of its own, block by block."""
+
+    def fit(self, X: Any, y: Any = None) -> Any:
+        """As of ``OutlierDetector``."""
+        self._check_parameters()
+        x = admit(self, X, reset=True, least=self._least_rows)
+        self.frame_ = self._frame(x)
+        z = self.frame_.apply(x)
+        self._fit(z)
+        self.training_scores_ = -np.asarray(self._training(z), dtype=np.float64)
+        self.offset_ = self._threshold(self.training_scores_)
+        return self
+
+    def _frame(self, x: Floats) -> Frame:
+        return frame_of(x, per_column=True)
+
+    @abstractmethod
+    def _fit(self, x: Float32) -> None:
+        """Learn from framed rows."""
+
+    @abstractmethod
+    def _score(self, x: mx.array) -> Any:
+        """Anomaly scores of a block of rows."""
+
+    def _score_known(self, x: mx.array) -> Any:
+        """Scores by which a row that equals a training row scores as that row did."""
+        return self._score(x)
+
+    def _training(self, x: Float32) -> Floats:
+        """Anomaly scores of the training rows."""
+        return self._scores_of(x)
+
+    def _contributions_known(self, x: Float32) -> Floats:
+        """What ``_score_known`` is made of."""
+        return self._contributions(x)
+
+    def _prepared(self, x: Floats) -> Any:
+        return self.frame_.apply(x)
+
+    def _scores_of(self, x: Float32) -> Float64:
+        return self._blocks(x, self._score)
+
+    def _blocks(self, x: Float32, score: Callable[[mx.array], Any]) -> Float64:
+        blocks = [score(mx.array(x[i : i + BLOCK_ROWS])) for i in range(0, len(x), BLOCK_ROWS)]
+        return np.concatenate([np.asarray(b, dtype=np.float64) for b in blocks])
 
 
 def labels(decision: Float64) -> Ints:

@@ -8,7 +8,7 @@ from sklearn import ensemble
 
 from . import storage
 from ._types import Float32, Float64, Floats
-from .base import Contamination, OutlierDetector
+from .base import Contamination, SingleDetector
 
 _WALKED_AT_ONCE = 1 << 21  # rows times trees
 _EULER = float(np.euler_gamma)
@@ -39,7 +39,7 @@ class Forest(NamedTuple):
 storage.register(Forest)
 
 
-class IsolationForest(OutlierDetector):
+class IsolationForest(SingleDetector):
     """How few random cuts set a row apart.
 
     scikit-learn's isolation forest, with its parameters and scores, between 0 and 1. The trees are kept as arrays, can

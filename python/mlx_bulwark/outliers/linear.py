@@ -10,13 +10,13 @@ from sklearn.covariance import LedoitWolf, MinCovDet
 
 from ..ops.tails import mahalanobis
 from ._types import Float32, Float64, Floats
-from .base import Contamination, OutlierDetector, check_choice
+from .base import Contamination, SingleDetector, check_choice
 
 COVARIANCES = ("empirical", "ledoit_wolf", "mcd")
 _FLOOR = 1e-10  # of the largest variance: a direction with less is one that the training rows do not leave
 
 
-class Mahalanobis(OutlierDetector):
+class Mahalanobis(SingleDetector):
     """Distance from the center of the data, in units of its covariance.
 
     The anomaly score is the squared distance. A direction in which the training rows do not vary (a constant column, a
@@ -108,7 +108,7 @@ class Mahalanobis(OutlierDetector):
         return (x - self.location_) * np.asarray(turned).T
 
 
-class PCAReconstruction(OutlierDetector):
+class PCAReconstruction(SingleDetector):
     """What is left of a row when its principal components are taken away.
 
     Columns are standardized first. The anomaly score is the squared length of what the components do not hold, by

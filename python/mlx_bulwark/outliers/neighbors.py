@@ -1,6 +1,7 @@
 """Detectors that compare a row with its nearest neighbours among the training rows."""
 
 import warnings
+from abc import abstractmethod
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ from .base import (
     BLOCK_ROWS,
     Contamination,
     Explanation,
-    OutlierDetector,
+    SingleDetector,
     check_choice,
     check_count,
     frame_scale,
@@ -50,7 +51,7 @@ def _has_no_novelty(detector: Any) -> bool:
     )
 
 
-class _NeighborDetector(OutlierDetector):
+class _NeighborDetector(SingleDetector):
     n_neighbors: int
     metric: str
     novelty: bool
@@ -104,8 +105,9 @@ class _NeighborDetector(OutlierDetector):
         with np.errstate(over="ignore"):
             return np.minimum(distances.astype(np.float64) / unit, FARTHEST), indices
 
+    @abstractmethod
     def _from_neighbors(self, distances: Float64, indices: Ints) -> Float64:
-        raise NotImplementedError
+        """Anomaly scores of rows with these neighbours."""
 
     @available_if(_has_no_novelty)
     def fit_predict(self, X: Any, y: Any = None) -> Ints:
@@ -149,9 +151,9 @@ class _NeighborDetector(OutlierDetector):
         """
         return super().score_samples(X)
 
-    anomaly_score = available_if(_has_novelty)(OutlierDetector.anomaly_score)
-    decision_function = available_if(_has_novelty)(OutlierDetector.decision_function)
-    predict = available_if(_has_novelty)(OutlierDetector.predict)
+    anomaly_score = available_if(_has_novelty)(SingleDetector.anomaly_score)
+    decision_function = available_if(_has_novelty)(SingleDetector.decision_function)
+    predict = available_if(_has_novelty)(SingleDetector.predict)
 
     def explain(self, X: Any, *, training_rows: Any = None) -> Explanation:
         """Tell which columns made the scores: in which the neighbours are far.

@@ -1,6 +1,7 @@
 """Tables in files, read a piece at a time: .npy, Parquet, Arrow and CSV."""
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,7 @@ from ._types import Floats
 KINDS = (".npy", ".parquet", ".arrow", ".feather", ".csv")
 
 
-class Table:
+class Table(ABC):
     """Numbers in a file.
 
     Attributes:
@@ -29,9 +30,9 @@ class Table:
     columns: list[str] | None
     width: int
 
+    @abstractmethod
     def chunks(self, first: int, rows: int, step: int = 1, offset: int = 0) -> Iterator[tuple[int, Floats]]:
         """Every `step`-th chunk of so many rows from chunk `first + offset` on: its first row, and its numbers."""
-        raise NotImplementedError
 
 
 def open_table(path: str | Path, columns: list[str] | None = None) -> Table:

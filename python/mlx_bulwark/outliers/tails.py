@@ -8,14 +8,14 @@ import numpy as np
 from ..ops import tails as ops
 from . import storage
 from ._types import Float32, Floats
-from .base import Contamination, OutlierDetector, check_choice, check_count
+from .base import Contamination, SingleDetector, check_choice, check_count
 from .frame import Frame
 
 storage.register(ops.QuantileTable, ops.HistogramTable)
 LARGEST_Z = 1e6  # of a value off a constant column
 
 
-class ECOD(OutlierDetector):
+class ECOD(SingleDetector):
     """How far out in the tails of its columns a row lies, against the empirical distributions of the training rows.
 
     No parameter to tune, linear in rows and columns. The distributions are frozen: PyOD puts the rows that are scored
@@ -87,7 +87,7 @@ class COPOD(ECOD):
     _method = "copod"
 
 
-class HBOS(OutlierDetector):
+class HBOS(SingleDetector):
     """How empty the histogram bins of a row's values are.
 
     Columns are brought to a range of 1 first, so that units do not matter: the density of a bin is that beside one of
@@ -145,7 +145,7 @@ class HBOS(OutlierDetector):
         return mx.array(np.where(self.constant_, np.nextafter(values, np.float32(np.inf)), values))
 
 
-class RobustZ(OutlierDetector):
+class RobustZ(SingleDetector):
     """How many robust standard deviations the values of a row are from the medians, on average over the columns.
 
     A column most of whose values are equal has a median absolute deviation of 0: there the mean absolute deviation
