@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
+import mlx.core as mx
 import numpy as np
 
-from ..gate import chi_square, kolmogorov_smirnov, maximum_mean_discrepancy, population_stability_index
+from ..gate import chi_square, kolmogorov_smirnov, population_stability_index
+from ..ops.mmd import mmd
 
 Array = np.ndarray[Any, Any]
 Kind = Literal["numbers", "classes"]
@@ -198,15 +201,23 @@ class DriftWindow:
         The first of all permutations are those few, so that what they clear all of them would have cleared too.
         """
         generator = np.random.default_rng([self.seed, self.windows])
-        old, new = (r[generator.permutation(len(r))[:MOST_COMPARED]] / self._scale for r in (self.reference, rows))
+        few = (r[generator.permutation(len(r))[:MOST_COMPARED]] / self._scale for r in (self.reference, rows))
+        old, new = (mx.array(r) for r in few)
         everything = max(199, int(np.ceil(2 / level)) - 1)  # so many that the least p-value is below the level
         seed = int(generator.integers(2**31))
-        found = maximum_mean_discrepancy(old, new, FIRST_PERMUTATIONS, seed)
-        least = found.p_value * (1 + FIRST_PERMUTATIONS) / (1 + everything)  # that all of them can still come to
-        if least < level and found.effect >= LEAST_MMD:
-            found = maximum_mean_discrepancy(old, new, everything, seed)
-        drift = found.p_value < level and found.effect >= LEAST_MMD
-        return WindowTest(self.name, len(rows), "mmd", None, found.p_value, level, found.effect, None, None, drift)
+        found = mmd(old, new, bandwidth=self._bandwidth, permutations=FIRST_PERMUTATIONS, seed=seed)
+        effect, p = math.sqrt(max(found.statistic, 0.0)), float(found.p_value or 1)
+        least = p * (1 + FIRST_PERMUTATIONS) / (1 + everything)  # that all of them can still come to
+        if least < level and effect >= LEAST_MMD:
+            p = float(mmd(old, new, bandwidth=self._bandwidth, permutations=everything, seed=seed).p_value or 1)
+        drift = p < level and effect >= LEAST_MMD
+        return WindowTest(self.name, len(rows), "mmd", None, p, level, effect, None, None, drift)
+
+    @cached_property
+    def _bandwidth(self) -> tuple[float, ...]:
+        """The median distance of rows of the reference, which does not change."""
+        rows = mx.array(self.reference / self._scale)
+        return mmd(rows[::2], rows[1::2]).bandwidths
 
     @property
     def pending(self) -> Array:
