@@ -1,76 +1,10 @@
 #include "clip/clip_simd.h"
 
-#include <stdint.h>
-#include <string.h>
-#if defined(__AVX2__)
-  #include <immintrin.h>
-#elif defined(__aarch64__)
-  #include <arm_neon.h>
-#endif
+#include "common/readers.h"
 
 namespace bulwark::BULWARK_ISA {
-// Memory sets the pace here, and 32-byte loads draw more from the caches than 64-byte loads (measured on Zen 4).
-#if defined(__AVX2__)
-constexpr int LANES = 8;
-#else
-constexpr int LANES = 4;
-#endif
-typedef float Vec __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 typedef float HalfVec __attribute__((vector_size(2 * LANES)));
 typedef double Doubles __attribute__((vector_size(4 * LANES)));  // one for each lane of a HalfVec
-
-template <class V>
-static V load(const void* p) {
-  V v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-
-// Float from the bits of a half, for one value or a vector of them: scaling by 2^112 moves the exponent's bias and
-// makes subnormals normal; infinities and NaN come out at 2^16 and above, and get the largest exponent.
-template <class F, class U>
-static F from_half_bits(U h) {
-  U magnitude = (h & 0x7fff) << 13, sign = (h & 0x8000) << 16;
-  F scaled;
-  memcpy(&scaled, &magnitude, sizeof scaled);
-  scaled *= 0x1p112f;
-  U bits;
-  memcpy(&bits, &scaled, sizeof bits);
-  bits |= sign | (magnitude >= 0x0f800000 ? U{} + 0x7f800000 : U{});
-  memcpy(&scaled, &bits, sizeof scaled);
-  return scaled;
-}
-
-struct F32 {
-  typedef float Value;
-  static Vec vector(const Value* p) { return load<Vec>(p); }
-  static float scalar(Value x) { return x; }
-};
-
-struct F16 {
-  typedef uint16_t Value;
-  static Vec vector(const Value* p) {
-#if defined(__AVX2__)
-    return (Vec)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-#elif defined(__aarch64__)
-    return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
-#else
-    return from_half_bits<Vec>(__builtin_convertvector(load<Halves>(p), Bits));
-#endif
-  }
-  static float scalar(Value x) { return from_half_bits<float>(uint32_t(x)); }
-};
-
-struct BF16 {
-  typedef uint16_t Value;
-  static Vec vector(const Value* p) { return (Vec)(__builtin_convertvector(load<Halves>(p), Bits) << 16); }
-  static float scalar(Value x) {
-    uint32_t bits = uint32_t(x) << 16;
-    return load<float>(&bits);
-  }
-};
 
 // Four sums at once, of four runs where there is enough: that keeps more of the memory busy than one run. Squares are
 // added in float over short blocks, so that a lane takes 16 of them, and blocks in double.
@@ -95,7 +29,7 @@ static double sum_of_squares(const typename F::Value* x, size_t n) {
   }
   double total = 0;
   if (steps)
-    for (int k = 0; k < LANES / 2; k++) total += sums[k];
+    for (size_t k = 0; k < LANES / 2; k++) total += sums[k];
   for (; i < n; i++) {
     float v = F::scalar(x[i]);
     total += v * v;

@@ -1,7 +1,7 @@
 // One binary, several instruction sets. A file <family>_simd.cpp is compiled once for each (CMakeLists.txt defines
 // BULWARK_ISA as base, avx2 or avx512), puts everything into namespace bulwark::BULWARK_ISA, and includes nothing but
-// this header, lanes.h, its own and C headers: an inline function of the standard library compiled here for AVX-512
-// could be the copy that the linker keeps for everybody.
+// this header, lanes.h or readers.h, its own and C headers: an inline function of the standard library compiled here
+// for AVX-512 could be the copy that the linker keeps for everybody.
 #pragma once
 
 namespace bulwark {
