@@ -125,9 +125,15 @@ def tiled_knn(n, m, d, k):
 
 def knn_cases():
     """Names, what runs, and the bytes that a tiling of 32 x 32 moves."""
-    for n, m, d, k in ((128, 3000, 128, 10), (65, 2500, 301, 10), (33, 1500, 300, 40)):
+    for n, m, d, k in ((128, 3000, 128, 10), (65, 2500, 301, 10), (33, 1500, 300, 40), (9, 3000, 64, 1000)):
         x, y = normals((n, d)), normals((m, d))[::-1]
-        yield f"neighbors.knn.{n}x{m}x{d}_k{k}", lambda x=x, y=y, k=k: [*bw.knn(x, y, k)], tiled_knn(n, m, d, k)
+        yield f"neighbors.knn.{n}x{m}x{d}_k{k}", lambda x=x, y=y, k=k: nearest(x, y, k), tiled_knn(n, m, d, k)
+
+
+def nearest(x, y, k):
+    """Neighbours as sets: two whose distances are equal but for rounding may change places."""
+    distances, indices = bw.knn(x, y, k)
+    return [distances, mx.sort(indices, axis=1)]
 
 
 def tiled_mmd(n, d, permutations):
@@ -226,10 +232,12 @@ def rows(bench, case, calls, tiled=None):
     lines = sum(b["lines_read"] + b["lines_written"] for b in buffers)
     accesses = sum(b["accesses_read"] + b["accesses_written"] for b in buffers)
     most = 1.02 if case.startswith("smooth.noisy_copies") else 1.05
-    bench.check(case, requested <= (1.1 * tiled if tiled else most * least))
+    # Each time that a list of candidates is cut, what of it is beyond the 256 keys in registers is read 33 times.
+    over_tiled, limit = (4.0, "keys read 33 times") if case.endswith("_k1000") else (1.1, None)
+    bench.check(case, requested <= (over_tiled * tiled if tiled else most * least))
     bench.row(f"{case}/requested_over_least", requested / least, "x", better="lower")
     if tiled:
-        bench.row(f"{case}/requested_over_tiled", requested / tiled, "x", better="lower")
+        bench.row(f"{case}/requested_over_tiled", requested / tiled, "x", peer=limit, better="lower")
         bench.row(f"{case}/tiled", tiled, "bytes", better="lower")
     bench.row(f"{case}/requested", requested, "bytes", better="lower")
     bench.row(f"{case}/unique", unique, "bytes", better="lower")
