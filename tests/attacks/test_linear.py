@@ -93,8 +93,24 @@ def test_fab_finds_the_least_change(norm, target_classes):
 def test_deepfool_finds_the_least_change(norm):
     found = attacked(DeepFool(norm=norm, bounds=WIDE, overshoot=1e-3))
     assert found.success.all().item()
-    assert np.allclose(found.distances, least(norm), rtol=1.1e-3)
-    assert (found.queries <= 1 + 2 * 4 + 2).all().item()
+    distances = np.array(found.distances)
+    assert (distances >= least(norm) * (1 - 1e-5)).all()
+    assert (distances <= 1.001 * least(norm) + 1e-3).all()  # of bounds nine wide a step adds 0.0009
+    assert (found.queries <= 1 + 4 * 14).all().item()
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_deepfool_does_not_jump_over_a_boundary_that_bends(norm):
+    """Inside of a circle: the tangent at 0.5 points to 1.25, and there a whole step ends."""
+    x = mx.array([[0.5, 0.0], [0.0, -0.6]])
+
+    def inside(a):
+        lead = 1 - mx.square(a).sum(axis=1)
+        return mx.stack([lead, 0 * lead], axis=1)
+
+    found = DeepFool(norm=norm, bounds=WIDE)(inside, x, mx.zeros(2, mx.int32))
+    assert found.success.all().item()
+    assert (np.array(found.distances) <= np.array([0.5, 0.4]) * 1.05).all()
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -113,8 +129,9 @@ def test_deepfool_moves_what_the_bounds_let_move(norm, targeted):
     start, zero, one = mx.array(np.tile(x, (2, 1)).astype(np.float32)), mx.zeros(2, mx.int32), mx.ones(2, mx.int32)
     found = DeepFool(norm=norm, targeted=targeted)(boxed, start, zero, **({"targets": one} if targeted else {}))
     assert found.success.all().item()
-    assert np.allclose(found.distances, 1.02 * 0.6 / np.linalg.norm(weight[:3], DUAL[norm]), rtol=1e-4)
-    assert (found.queries <= 5).all().item()
+    ratio = np.array(found.distances) / (0.6 / np.linalg.norm(weight[:3], DUAL[norm]))
+    assert ((ratio >= 1 - 1e-5) & (ratio <= 1.02)).all()
+    assert (found.queries <= 14).all().item()
 
 
 def test_carlini_wagner_finds_the_least_change():
@@ -142,6 +159,21 @@ def test_carlini_wagner_moves_values_that_lie_on_a_bound(value):
     assert found.success.all().item()
     assert np.allclose(found.distances, 0.6 / D**0.5, rtol=0.01)
     assert (found.distances >= 0.6 / D**0.5 * (1 - 1e-5)).all().item()
+
+
+def test_carlini_wagner_of_few_steps_takes_longer_ones():
+    x, y = mx.array(X), TWO
+
+    def reached(**settings):
+        return CarliniWagnerL2(bounds=(0.0, 1.0), steps=10, **settings)(two, x, y)
+
+    found, want = reached(), abs(Z[:, 1] - Z[:, 0]) / np.linalg.norm(WEIGHT[1] - WEIGHT[0])
+    near = (want > 0.1) & (want < 0.3)  # a step is some 0.05 long
+    assert near.sum() >= 8
+    assert np.array(found.success)[near].all()
+    assert np.median(np.array(found.distances)[near] / want[near]) < 1.3
+    assert np.array(reached(learning_rate=0.01).success)[near].mean() < 0.5
+    assert CarliniWagnerL2(steps=1000).learning_rate == 0.01
 
 
 def test_carlini_wagner_confidence():

@@ -16,6 +16,7 @@ NEVER = 1e10  # the upper end of a search that has not succeeded yet
 BETA1, BETA2, TINY = 0.9, 0.999, 1e-8  # of Adam
 LOOKS = 10  # in a search, for progress
 PROGRESS = 0.9999
+RATE, REACH = 0.01, 1.0  # of Adam: its rate, and how far in tanh space its steps must be able to go
 
 
 class _State(NamedTuple):
@@ -44,7 +45,8 @@ class CarliniWagnerL2(Attack):
         eps: Changes beyond this L2 radius are no success: a number >= 0, float32 ``[B]``, or None for no limit.
         binary_search_steps: Weights that are tried.
         steps: Steps of Adam at each weight, each a forward and a backward pass.
-        learning_rate: Of Adam.
+        learning_rate: Of Adam. None: 0.01 as published, or ``1 / steps`` for fewer than 100 steps, which would not get
+            to the boundary.
         initial_const: The first weight c.
         confidence: By how much the wrong logit must lead.
         abort_early: Let inputs leave a search whose loss has not fallen in a tenth of the steps.
@@ -73,7 +75,7 @@ class CarliniWagnerL2(Attack):
         *,
         binary_search_steps: int = 9,
         steps: int = 1000,
-        learning_rate: float = 0.01,
+        learning_rate: float | None = None,
         initial_const: float = 0.01,
         confidence: float = 0.0,
         abort_early: bool = True,
@@ -84,7 +86,8 @@ class CarliniWagnerL2(Attack):
         super().__init__(eps=eps, norm="l2", targeted=targeted, bounds=bounds)
         self.binary_search_steps = self._count("binary_search_steps", binary_search_steps)
         self.steps = self._count("steps", steps)
-        self.learning_rate = self._number("learning_rate", learning_rate, above=True)
+        rate = max(RATE, REACH / self.steps) if learning_rate is None else learning_rate
+        self.learning_rate = self._number("learning_rate", rate, above=True)
         self.initial_const = self._number("initial_const", initial_const, above=True)
         self.confidence = self._number("confidence", confidence)
         self.abort_early, self.compile = bool(abort_early), compile
