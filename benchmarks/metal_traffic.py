@@ -131,9 +131,9 @@ def knn_cases():
 
 
 def nearest(x, y, k):
-    """Neighbours as sets: two whose distances are equal but for rounding may change places."""
+    """Of a thousand, neighbours as a set: two whose distances are equal but for rounding may change places."""
     distances, indices = bw.knn(x, y, k)
-    return [distances, mx.sort(indices, axis=1)]
+    return [distances, mx.sort(indices, axis=1) if k == 1000 else indices]
 
 
 def tiled_mmd(n, d, permutations):

@@ -17,6 +17,7 @@ from mlx_bulwark.attacks import PGD, AutoAttack, CarliniWagnerL2, cross_entropy
 
 from benchmarks import smooth_peers as peers
 
+SECONDS = 1800.0  # AutoAttack on networks that resist it
 EPS, STEPS = 0.2, 7
 TEMPERATURE = 40.0
 BATCH = 100

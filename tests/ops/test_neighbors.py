@@ -319,6 +319,48 @@ def test_an_array_is_streamed_in_pieces(backend, monkeypatch):
     assert bits(bw.knn(x, np.array(y), 8)) == bits(bw.knn(x, y, 8))
 
 
+LARGER_THAN_MEMORY = """
+import resource, sys
+import numpy as np, mlx.core as mx, mlx_bulwark as bw
+
+n, d = 4_000_000, 32
+x = mx.random.normal((10, d))
+mx.eval(bw.knn(x, np.zeros((1000, d), np.float32), 3))
+data = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData"))
+resource.setrlimit(resource.RLIMIT_DATA, ((data << 10) + (192 << 20), resource.RLIM_INFINITY))
+try:
+    np.ones(n * d, np.float32)
+except MemoryError:
+    print("does not fit")
+
+mapped = np.load(sys.argv[1], mmap_mode="r")
+rows = np.arange(0, n, n // 40)[:30]
+want = np.asarray(mapped[rows]).reshape(10, 3, d)[:, 0]
+found = bw.knn(mx.array(want), mapped, 1)
+print(np.array_equal(np.array(found.indices)[:, 0], rows[::3]), np.array(found.distances).max())
+
+def pieces():
+    for first in range(0, n, 100_000):
+        yield np.array(mapped[first : first + 100_000])
+
+streamed = bw.knn(mx.array(want), pieces(), 1)
+print(np.array_equal(np.array(streamed.indices), np.array(found.indices)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on a process's memory is Linux's")
+def test_a_reference_larger_than_memory(tmp_path):
+    """Half a gigabyte of rows, from a file and from a generator, with 192 MiB to spare."""
+    path, n, d = tmp_path / "y.npy", 4_000_000, 32
+    y = np.lib.format.open_memmap(path, "w+", np.float32, (n, d))  # nearly all of it a hole
+    rows = np.arange(0, n, n // 40)[:30]
+    y[rows] = np.random.default_rng(0).standard_normal((30, d))
+    y.flush()
+    del y
+    done = subprocess.run([sys.executable, "-c", LARGER_THAN_MEMORY, path], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["does not fit", "True 0.0", "True"], done.stderr
+
+
 def test_bad_chunks(backend):
     x = mx.zeros((3, 4))
     for y, says in (
