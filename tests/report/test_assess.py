@@ -1,6 +1,7 @@
 """The regular assessment: nothing is cried over noise, a planted regression is found and named."""
 
 import json
+import runpy
 import sys
 
 import mlx.core as mx
@@ -63,12 +64,11 @@ def digits(folder):
     train, held = order[:1000], order[1000:1400]
     np.savez(folder / "digits.npz", x=x[held], y=y[held])
     (folder / "assessed_digits.py").write_text(DIGITS)
-    scope = {}
-    exec(DIGITS, scope)
+    perceptron = runpy.run_path(str(folder / "assessed_digits.py"))["Perceptron"]
     patched = badnets(x[train], y[train], rate=0.1, target=7, trigger=np.ones((2, 2, 1), np.float32), seed=0)
     for name, (rows, labels) in {"clean": (x[train], y[train]), "backdoored": (patched.x, patched.y)}.items():
         mx.random.seed(0)
-        model, optimizer, rng = scope["Perceptron"](), optim.Adam(5e-3), np.random.default_rng(0)
+        model, optimizer, rng = perceptron(), optim.Adam(5e-3), np.random.default_rng(0)
         step = nn.value_and_grad(model, lambda x, y, m=model: nn.losses.cross_entropy(m(x), y, reduction="mean"))
         for _ in range(20):
             for at in np.array_split(rng.permutation(len(rows)), 15):
@@ -150,7 +150,7 @@ def test_a_backdoor_in_a_model_trained_anew_is_named(assess, digits, folder):
     assert not found["figures"][0]["worse"]
     report = json.loads((folder / "out" / "report.json").read_text())
     (inspected,) = [s["verdict"] for s in report["sections"] if s["kind"] == "model_inspection"]
-    assert "7" in inspected
+    assert inspected == "The model behaves as one with a backdoor does towards class 7."
 
 
 def test_attacks_that_do_more_harm_are_named(assess, digits):
