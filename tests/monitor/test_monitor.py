@@ -592,11 +592,11 @@ def test_goes_on_exactly_where_it_stood(baseline, tmp_path):
 def test_kills_change_nothing(baseline, tmp_path, seed):
     """Killed at random moments, a monitor ends where one ends that was left in peace; no alert is lost or doubled."""
     shots = []
-    for name, most in (("calm", 0), ("killed", 200_000)):
+    for name, most in (("calm", 0), ("killed", 100_000)):
         folder = tmp_path / name
         folder.mkdir()
         baseline.save(folder / "baseline.safetensors")
-        program = [sys.executable, HERE / "watched.py", folder, str(seed), "14", str(most)]
+        program = [sys.executable, HERE / "watched.py", folder, str(seed), "30", str(most)]
         done = subprocess.run(program, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
         assert done.returncode == 0, done.stderr
         kills = int(done.stdout)
@@ -606,7 +606,7 @@ def test_kills_change_nothing(baseline, tmp_path, seed):
         assert sorted(ids) == sorted(a["id"] for a in shot["alerts"])
         assert {*(folder / "got").read_text().split()} == {*ids}
         shots.append(shot)
-    assert kills >= 3
+    assert kills >= 5
     calm, killed = shots
     assert len(calm["alerts"]) >= 5
     assert [a["id"] for a in calm["alerts"]] == [a["id"] for a in killed["alerts"]]
