@@ -8,7 +8,7 @@ import numpy as np
 
 from ..ops.step import _rounded_towards
 from .base import Array, Attack, Model, Remaining, Task, column
-from .gradients import compiled
+from .gradients import compiled, usable
 from .losses import margin
 
 INSIDE = 0.9  # of the reach of tanh that the bounds take: closer to 1, values on a bound hardly ever leave it
@@ -157,7 +157,7 @@ class CarliniWagnerL2(Attack):
             s = _State(*state)
             x = arrays[0]
             (_, each, lead, size, rounded), grad = differentiated(s.w, *arrays)
-            grad = mx.where(mx.isfinite(grad), grad, 0)
+            grad = usable(grad)
             fooled = lead < 0 if self.confidence == 0 else lead <= -self.confidence
             better = mx.logical_and(fooled, size < s.best_size)
             first, second = BETA1 * s.first + (1 - BETA1) * grad, BETA2 * s.second + (1 - BETA2) * mx.square(grad)

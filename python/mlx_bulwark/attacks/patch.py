@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from .base import Array, Model, check_model, predicted, within
-from .gradients import objective_of
+from .gradients import objective_of, usable
 from .losses import Loss, LossName
 
 
@@ -120,7 +120,7 @@ class UniversalPatch:
         for step in range(self.steps):
             rows = mx.array(rng.integers(0, len(x), min(self.batch_size, len(x))))
             grad = gradient(patch, x[rows], y[rows].astype(mx.int32), self._places(rng, x[rows]))
-            grad = mx.where(mx.isfinite(grad), grad, 0)
+            grad = usable(grad)
             length = self.step_size * (self.bounds[1] - self.bounds[0]) * (1 - step / self.steps)
             patch = mx.clip(patch + length * mx.sign(grad), *self.bounds)
             mx.eval(patch)

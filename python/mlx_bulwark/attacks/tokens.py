@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .base import Array, Model, check_model, predicted
+from .gradients import usable
 from .losses import margin
 
 
@@ -193,7 +194,7 @@ class TokenSubstitution:
             shape = (*tokens.shape, embedding(asked[:1, :1]).shape[-1])
             grad = mx.grad(total)(mx.zeros(shape))
             mx.eval(grad)
-        return mx.where(mx.isfinite(grad), grad, 0)
+        return usable(grad)
 
     def _ranked(self, gradient: mx.array, table: mx.array, tokens: Array, fixed: Array) -> tuple[Array, Array, Array]:
         """The best exchanges in first order: their rows, places and new tokens."""
