@@ -7,8 +7,8 @@ import numpy as np
 
 from ..ops.step import Norm
 from .apgd import likely_classes
-from .base import Array, Attack, Model, Remaining, Task, column, predicted
-from .gradients import boundaries_of, compiled, nearest
+from .base import SLACK, Array, Attack, Model, Remaining, Task, column, predicted
+from .gradients import boundaries_of, compiled, compiles, nearest
 from .losses import TINY
 
 ROUNDS = 12  # of Newton's method, which ends after a few; before its end a move is too short, never too long
@@ -81,7 +81,7 @@ class FAB(Attack):
     def _perturb(self, model: Model, task: Task, key: mx.array) -> tuple[mx.array, Array]:
         queries = np.ones(len(task), np.int32)
         rivals = self._rivals(self._logits(model, task.x), task)
-        step = compiled(self._step(model), model, self.compile)
+        step = compiled(self._step(model, not compiles(model, self.compile)), model, self.compile)
         best, best_size = mx.array(task.x), mx.full((len(task),), mx.inf)
         resisting = np.arange(len(task))
         keys = mx.random.split(key, len(rivals) * self.restarts)
@@ -163,7 +163,7 @@ class FAB(Attack):
                     break
         return found, found_size, queries
 
-    def _step(self, model: Model) -> Callable[..., list[mx.array]]:
+    def _step(self, model: Model, early: bool) -> Callable[..., list[mx.array]]:
         boundaries, (low, high) = boundaries_of(model, self.targeted), self.bounds
 
         def step(state: list[mx.array], arrays: list[mx.array]) -> list[mx.array]:
@@ -172,8 +172,9 @@ class FAB(Attack):
             lead, w = nearest(leads, grads, self.norm)
             here, home = (a.astype(mx.float32).reshape(len(x), -1) for a in (x, origin))
             # The hyperplane is lead + w (z - x) = 0.
-            from_here = to_hyperplane(here, w, -lead, low, high, self.norm)
-            from_home = to_hyperplane(home, w, -lead + (w * (here - home)).sum(axis=1), low, high, self.norm)
+            from_here = to_hyperplane(here, w, -lead, low, high, self.norm, early)
+            rise = -lead + (w * (here - home)).sum(axis=1)
+            from_home = to_hyperplane(home, w, rise, low, high, self.norm, early)
             near, far = (mx.maximum(_size(d, self.norm), LEAST) for d in (from_here, from_home))
             share = mx.minimum(near / (near + far), self.alpha_max)[:, None]
             moved = (here + self.eta * from_here) * (1 - share) + (home + self.eta * from_home) * share
@@ -189,17 +190,19 @@ class FAB(Attack):
         return step
 
 
-def to_hyperplane(x: mx.array, w: mx.array, rise: mx.array, low: float, high: float, norm: Norm) -> mx.array:
+def to_hyperplane(
+    x: mx.array, w: mx.array, rise: mx.array, low: float, high: float, norm: Norm, early: bool = True
+) -> mx.array:
     """The shortest moves ``[m, d]`` with ``w . move = rise`` that keep x in the bounds; as far as they let it go.
 
     Each coordinate moves along its slope by as much as the norm grants, until its bound. In linf that is the same for
     all, in l2 in proportion to the slope: how much is found by Newton's method, from below, on a concave function that
-    is linear in pieces. In l1 the steepest coordinates go first.
+    is linear in pieces. In l1 the steepest coordinates go first. ``early`` ends Newton's method where nothing moves any
+    more, which what is being compiled cannot see.
     """
     w = w * mx.where(rise < 0, -1.0, 1.0)[:, None]
     rise, slope = mx.abs(rise)[:, None], mx.abs(w)
-    room = mx.where(w > 0, high - x, mx.where(w < 0, x - low, 0.0))
-    room = mx.maximum(room, 0)
+    room = mx.maximum(mx.where(w > 0, high - x, x - low), 0)  # where there is no slope nothing moves by it
     if norm == "l1":
         order = mx.argsort(-slope, axis=1)
         gains = mx.take_along_axis(slope * room, order, axis=1)
@@ -207,15 +210,24 @@ def to_hyperplane(x: mx.array, w: mx.array, rise: mx.array, low: float, high: fl
         part = mx.clip((rise - before) / mx.maximum(gains, TINY), 0, 1)
         moves = mx.put_along_axis(mx.zeros_like(room), order, part, axis=1) * room
     else:
-        rate = mx.where(slope > 0, 1.0, 0.0) if norm == "linf" else slope
-        reach = mx.zeros_like(rise)
-        for _ in range(ROUNDS):
-            free = reach * rate < room
-            gain = (slope * mx.minimum(reach * rate, room)).sum(axis=1, keepdims=True)
-            growth = mx.where(free, slope * rate, 0).sum(axis=1, keepdims=True)
-            reach = reach + mx.where(growth > 0, mx.maximum(rise - gain, 0) / mx.maximum(growth, TINY), 0)
-        moves = mx.minimum(reach * rate, room)
+        moves = _at_equal_pace(slope, room, rise, norm, early)
     return mx.sign(w) * moves
+
+
+def _at_equal_pace(slope: mx.array, room: mx.array, rise: mx.array, norm: Norm, early: bool) -> mx.array:
+    """Newton's method for the reach at which all coordinates together gain the rise."""
+    gains = slope * room
+    growths, last = (slope, room) if norm == "linf" else (mx.square(slope), room / mx.maximum(slope, TINY))
+    reach = mx.zeros_like(rise)
+    for _ in range(ROUNDS):
+        free = reach < last
+        growth = mx.where(free, growths, 0).sum(axis=1, keepdims=True)
+        gain = mx.where(free, 0, gains).sum(axis=1, keepdims=True)
+        further = mx.maximum(mx.where(growth > 0, (rise - gain) / mx.maximum(growth, TINY), reach), reach)
+        if early and not (further > (1 + SLACK) * reach).any().item():
+            break
+        reach = further
+    return mx.minimum(reach if norm == "linf" else reach * slope, room)
 
 
 def _size(moved: mx.array, norm: Norm) -> mx.array:

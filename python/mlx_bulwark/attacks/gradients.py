@@ -55,15 +55,20 @@ def usable(grad: mx.array) -> mx.array:
 
 
 def compiled(step: Callable[..., Any], model: Model, compile: bool | None) -> Callable[..., Any]:
-    """The step, compiled where the model is a module: then all that it reads and writes is known.
+    """The step, compiled where it is wanted and can be."""
+    if not compiles(model, compile):
+        return step
+    assert isinstance(model, nn.Module)
+    state = [model.state, mx.random.state]
+    return mx.compile(step, inputs=state, outputs=state)
+
+
+def compiles(model: Model, compile: bool | None) -> bool:
+    """Whether steps are compiled: only where the model is a module, since then all that it reads and writes is known.
 
     On the CPU a compiled network is no faster and a compiler takes seconds, so that None compiles on a GPU alone.
     """
-    wanted = mx.default_device() == mx.gpu if compile is None else compile
-    if not (wanted and isinstance(model, nn.Module)):
-        return step
-    state = [model.state, mx.random.state]
-    return mx.compile(step, inputs=state, outputs=state)
+    return isinstance(model, nn.Module) and (mx.default_device() == mx.gpu if compile is None else compile)
 
 
 def boundaries_of(model: Model, targeted: bool) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
