@@ -344,6 +344,12 @@ def test_the_report_tells_of_every_stage(layered):
         assert html.escape(stage["reason"], quote=False) in html.unescape(page)
         assert stage["title"] in page
     assert page.count("data:image/png") >= 12
+    poison, scan = (figures.stages[name]["figures"] for name in ("poison", "scan"))
+    gone = scan["accused"] and scan["attack_success_rate"] < 0.05
+    assert told["verdict"].startswith("A backdoor was planted on purpose")
+    assert f"{100 * poison['attack_success_rate']:.1f} %" in told["verdict"]
+    assert ("found and removed" in told["verdict"]) == gone
+    assert told["sections"][kinds.index("demo_poison")]["status"] == ("info" if gone else "problem")
 
 
 def test_an_interrupted_run_writes_the_report_of_what_was_done(tmp_path):
@@ -356,6 +362,7 @@ def test_an_interrupted_run_writes_the_report_of_what_was_done(tmp_path):
     told = json.loads((tmp_path / "report.json").read_text())
     assert [section["kind"] for section in told["sections"]] == ["demo", "demo_check", "audit_log"]
     assert "interrupted" in told["sections"][0]["verdict"]
+    assert "backdoor" not in told["verdict"]
 
 
 def test_the_seed_repeats_what_is_no_secret(tmp_path):

@@ -12,7 +12,7 @@ from .data import DATASETS, Split, load
 from .figures import Figures
 from .options import DemoOptions, OptionError
 from .progress import stoppable, waiting
-from .sections import layers
+from .sections import headline, layers, removed
 from .stage import Outcome, Scene
 from .stage_attack import attack
 from .stage_certify import certify
@@ -131,8 +131,10 @@ def _run_stages(scene: Scene) -> None:
         scene.say(f"\n[{len(names)}/{len(names)}] Write the report")
         scene.tell("why", "what was found helps only whom it is told: one page for a person, and its JSON for machines")
         page = scene.options.out / "report.html"
-        report = Report("mlx-bulwark demo").add(layers(figures))
+        report = Report("mlx-bulwark demo", headline=headline(figures)).add(layers(figures))
         for section in scene.sections:
+            if section.kind == "demo_poison" and removed(figures):
+                section.status = "info"  # planted on purpose, and gone
             report.add(section)
         report.add(_logged(scene.log))
         report.write(page)

@@ -12,6 +12,33 @@ from .data import DATASETS, Array
 from .figures import Figures, finite
 from .stage import percent
 
+GONE = 0.05  # success of an attack, below which it is held for undone
+
+
+def headline(figures: Figures) -> str:
+    """What the layers did, for who reads nothing else."""
+    said = []
+    if "poison" in figures.stages:
+        before = percent(figures.stages["poison"]["figures"]["attack_success_rate"])
+        said.append(f"A backdoor was planted on purpose: with its patch {before} of other digits got the wrong name.")
+    if "scan" in figures.stages:
+        after = percent(figures.stages["scan"]["figures"]["attack_success_rate"])
+        gone = (
+            f"It was found and removed, {after} are left." if removed(figures) else f"It is not gone: {after} still do."
+        )
+        said.append(gone)
+    for name, words in (("attack", "right under attack, {} without the defence"), ("certify", "proven to stand")):
+        if name in figures.stages:
+            stage = figures.stages[name]
+            said.append(f"Answers {words.format(stage['without'])}: {stage['defended']}.")
+    return " ".join(said) or "No poison was planted and nothing attacked."
+
+
+def removed(figures: Figures) -> bool:
+    """Whether the scan found the poison, and the patch has lost its power."""
+    found = figures.stages.get("scan", {}).get("figures", {})
+    return bool(found) and found["accused"] and found["attack_success_rate"] < GONE
+
 
 def layers(figures: Figures) -> Section:
     """All stages, each with its reason and what it changed."""
@@ -83,7 +110,7 @@ def poisoned(found: dict[str, Any], before: Array, after: Array) -> Section:
 
 def scanned(found: dict[str, Any], suspects: Array, labels: Array, reasons: list[str]) -> Section:
     """What the scan found, held against what is known here."""
-    good = found["accused"] and found["attack_success_rate"] < 0.05
+    good = found["accused"] and found["attack_success_rate"] < GONE
     section = Section(
         "demo_scan",
         "The backdoor, found and removed",

@@ -247,9 +247,9 @@ class State:
             )
             for series in {p["series"] for p in points}:
                 self._database.execute(
-                    "DELETE FROM points WHERE series = ?1 AND number <= "
-                    "(SELECT number FROM points WHERE series = ?1 ORDER BY number DESC LIMIT 1 OFFSET ?2)",
-                    (series, keep),
+                    "DELETE FROM points WHERE series = :series AND number <= "
+                    "(SELECT number FROM points WHERE series = :series ORDER BY number DESC LIMIT 1 OFFSET :keep)",
+                    {"series": series, "keep": keep},
                 )
 
     def points(self, series: str | None = None) -> list[dict[str, Any]]:
@@ -259,7 +259,8 @@ class State:
             series: Name.
         """
         names = "series, batch, time, label, checkpoint, value, standardised, size, signals"
-        rows = self._rows(f"SELECT {names} FROM points WHERE ?1 IS NULL OR series = ?1 ORDER BY number", series)
+        which, values = ("", ()) if series is None else ("WHERE series = ?", (series,))
+        rows = self._rows(f"SELECT {names} FROM points {which} ORDER BY number", *values)
         points = [dict(zip(names.split(", "), row, strict=True)) for row in rows]
         return [p | {"signals": json.loads(p["signals"])} for p in points]
 

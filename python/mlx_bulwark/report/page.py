@@ -31,6 +31,7 @@ class Report:
     Args:
         title: Heading of the page.
         created: When; by default now. It is shown in UTC.
+        headline: What was found, in a sentence or two, in place of the number of problems.
 
     Example:
         >>> from mlx_bulwark.report import Report
@@ -42,9 +43,9 @@ class Report:
         True
     """
 
-    def __init__(self, title: str, created: datetime | None = None) -> None:
+    def __init__(self, title: str, created: datetime | None = None, headline: str | None = None) -> None:
         created = created or datetime.now(timezone.utc)
-        self.title = title
+        self.title, self.headline = title, headline
         self.created = (created if created.tzinfo else created.astimezone()).astimezone(timezone.utc)
         self.sections: list[Section] = []
 
@@ -94,6 +95,8 @@ class Report:
     @property
     def verdict(self) -> str:
         """What was found, in a sentence."""
+        if self.headline is not None:
+            return self.headline
         bad, look = (sum(s.status == kind for s in self.sections) for kind in ("problem", "attention"))
         if bad:
             more = f", and {_count(look, 'further matter')} to look at" if look else ""
