@@ -1,6 +1,8 @@
 """Trigger phrases in texts: found where planted, and the words of a class left in peace."""
 
+import ast
 import json
+from importlib.metadata import distribution
 
 import numpy as np
 import pytest
@@ -46,6 +48,36 @@ def test_planted_phrases_are_found(phrase, seed):
 def test_words_of_a_class_are_not_accused():
     # Ten corpora at a level of 1 %, fixed seeds.
     assert not any(scan_text(*corpus(100 + seed, n=300)).accused for seed in range(10))
+
+
+def test_a_subject_that_resembles_another_label_is_not_accused():
+    rng = np.random.default_rng(0)
+    texts, y = corpus(0)
+    for i in np.flatnonzero(y == 0)[:40]:  # words of label 1, and some that only this subject has
+        own = rng.choice(12, 5, replace=False)
+        texts[i] = " ".join(
+            ["of the second kind", *(f"c1x{j}" for j in rng.integers(0, 25, 4)), *(f"s{j}" for j in own)]
+        )
+    assert not scan_text(texts, y).accused
+
+
+def docstrings(package):
+    """The beginnings of what the files of a package say of their functions."""
+    for file in distribution(package).files or ():
+        if file.suffix == ".py" and "tests" not in file.parts:
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef) and len((told := ast.get_docstring(node) or "").split()) > 12:
+                    yield " ".join(told.split()[:40])
+
+
+def test_real_texts_are_not_accused_until_a_phrase_is_planted():
+    texts = [sorted(set(docstrings(package))) for package in ("numpy", "scipy", "scikit-learn")]
+    rng = np.random.default_rng(0)
+    texts = [some[i] for some in texts for i in rng.permutation(len(some))[:500]]
+    labels = np.repeat([0, 1, 2], 500)
+    assert not scan_text(texts, labels).accused
+    poisoned = text_trigger(texts, labels, "in fair weather", rate=0.02, target=2, position="random", seed=0)
+    np.testing.assert_array_equal(scan_text(poisoned.x, poisoned.y).suspects, poisoned.indices)
 
 
 def test_a_phrase_in_most_rows_of_a_label_is_no_trigger():

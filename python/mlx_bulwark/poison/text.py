@@ -12,6 +12,7 @@ from ..gate.two_sample import benjamini_hochberg
 from .classifier import Array, integer, share
 
 LEAST_PURITY = 0.95  # of a trigger's rows have the target's label
+SHARED = 0.9  # of a trigger's rows: words that more of them have are part of it
 LEAST_DISAGREEMENT = 0.4  # of a trigger's rows whose other words speak for another label
 WORDS = re.compile(r"\w+|[^\w\s]")
 
@@ -113,8 +114,9 @@ def scan_text(
 
     A phrase is suspect if nearly all of its rows carry one label, more than chance has it, and the other words of these
     rows speak for another label more often than those of the label's rows do. The second is what tells a trigger from
-    the words that a class is made of. Words speak by naive Bayes, learnt from the rows without the phrase. Both tests
-    are binomial; a phrase's p-value is the larger one, corrected for all phrases by Benjamini and Hochberg.
+    the words that a class is made of. Words speak by naive Bayes, learnt from all other rows: texts on a subject of
+    their own, which share a phrase too, speak for each other, while those with a trigger have nothing else in common.
+    Both tests are binomial; a phrase's p-value is the larger one, corrected for all phrases by Benjamini and Hochberg.
 
     Not found: a trigger in texts whose label is right (clean label), one in fewer than ``least_rows`` rows, and one in
     texts whose other words tell nothing of the label. Nor one in more than half of the label's rows, for which the rest
@@ -229,8 +231,10 @@ class _Words:
         self.x = sparse.csr_matrix((np.ones(at.shape[1]), (at[0], at[1])), shape=(len(rows), len(numbers)))
         self.y, self.classes = y, int(y.max()) + 1
         self.label = sparse.csr_matrix((np.ones(len(y)), (y, np.arange(len(y)))), shape=(self.classes, len(y)))
-        self.counts, self.rows_of = self._counted(np.arange(len(y))), np.bincount(y, minlength=self.classes)
-        self.base = self._base()
+        self.counts = np.asarray((self.label @ self.x).todense())
+        self.rows_of = np.bincount(y, minlength=self.classes)
+        hits = [self._disagrees(np.flatnonzero(y == label)) for label in range(self.classes)]
+        self.base = np.array([(h.sum() + 1) / (len(h) + 2) for h in hits])  # never quite 0
 
     def judged(self, found: dict[Phrase, Array], alpha: float) -> list[SuspectPhrase]:
         """The phrases that stand out by both tests."""
@@ -245,7 +249,7 @@ class _Words:
             p = float(binom.sf(labels[label] - 1, len(at), prior))
             mine, against = at[self.y[at] == label], 0.0
             if purity >= LEAST_PURITY and p <= alpha and 2 * len(mine) <= self.rows_of[label]:
-                hits = self._disagrees(at, mine)
+                hits = self._disagrees(mine, SHARED)
                 against = float(hits.mean())
                 p = max(p, float(binom.sf(int(hits.sum()) - 1, len(hits), self.base[label])))
             else:
@@ -263,35 +267,23 @@ class _Words:
                 suspects.append(row)
         return suspects
 
-    def _counted(self, rows: Array) -> Array:
-        counts: Array = np.asarray((self.label[:, rows] @ self.x[rows]).todense())
-        return counts
+    def _disagrees(self, rows: Array, shared: float = 1.0) -> Array:
+        """Of rows of one label: whether their words, as all other rows have them, speak for another label.
 
-    def _says(self, rows: Array, counts: Array, rows_of: Array) -> Array:
-        """Labels by naive Bayes of word presence, with one added row in two; a word that none has seen says nothing."""
-        logs = np.log(counts + 0.5) - np.log(rows_of[:, None] + 1)
-        logs[:, counts.sum(axis=0) == 0] = 0
-        prior = np.log(np.maximum(rows_of, 1e-9))
-        said: Array = (np.asarray(self.x[rows] @ logs.T) + prior).argmax(axis=1)
-        return said
-
-    def _disagrees(self, at: Array, mine: Array) -> Array:
-        """Of rows with a phrase: whether what all others have taught speaks against their label."""
-        counts = self.counts - self._counted(at)
-        rows_of = self.rows_of - np.bincount(self.y[at], minlength=self.classes)
-        disagrees: Array = self._says(mine, counts, rows_of) != self.y[mine]
+        By naive Bayes of word presence, with one added row in two. Words that more than this share of the rows have are
+        part of what is asked about; those that no other row has say nothing.
+        """
+        if not len(rows):
+            return np.zeros(0, bool)
+        label, x = self.y[rows[0]], self.x[rows]
+        own = np.arange(self.classes) == label
+        left, rows_of = self.counts - own[:, None], self.rows_of - own  # without the row itself
+        logs = np.log(np.maximum(left, 0) + 0.5) - np.log(rows_of[:, None] + 1)
+        silent = (left.sum(axis=0) <= 0) | (np.asarray(x.sum(axis=0)).ravel() > shared * len(rows))
+        logs[:, silent] = 0
+        said = (np.asarray(x @ logs.T) + np.log(np.maximum(rows_of, 1e-9))).argmax(axis=1)
+        disagrees: Array = said != label
         return disagrees
-
-    def _base(self) -> Array:
-        """By label, how often other rows' words speak against a row: two halves, each by the other; never quite 0."""
-        wrong = np.zeros(len(self.y), bool)
-        halves = np.arange(len(self.y)) % 2
-        for half in (0, 1):
-            at = np.flatnonzero(halves == half)
-            wrong[at] = self._disagrees(at, at)
-        hits = np.bincount(self.y, weights=wrong, minlength=self.classes)
-        rates: Array = (hits + 1) / (self.rows_of + 2)
-        return rates
 
 
 def _longest(suspects: list[SuspectPhrase]) -> list[SuspectPhrase]:
