@@ -179,13 +179,7 @@ class Attack(ABC):
         return ValueError(f"[{type(self).__name__}] {text}")
 
     def _count(self, name: str, value: Any, *, least: int = 1) -> int:
-        try:
-            count = operator.index(value)
-        except TypeError:
-            count = least - 1
-        if isinstance(value, bool) or count < least:
-            raise self._error(f"{name} must be an integer >= {least} but is {value!r}")
-        return count
+        return checked_count(type(self).__name__, name, value, least=least)
 
     def _number(self, name: str, value: Any, *, least: float = 0.0, above: bool = False) -> float:
         """A finite number >= least, or > least."""
@@ -323,6 +317,17 @@ class Remaining:
         taken = np.concatenate([places, np.full(size - len(places), places[0])])
         self.rows, self.alive = self.rows[taken], np.arange(size) < len(places)
         return mx.array(taken)
+
+
+def checked_count(where: str, name: str, value: Any, *, least: int = 1) -> int:
+    """An integer >= least."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = least - 1
+    if isinstance(value, bool) or count < least:
+        raise ValueError(f"[{where}] {name} must be an integer >= {least} but is {value!r}")
+    return count
 
 
 def check_model(where: str, model: Any, *, training: bool = False) -> None:

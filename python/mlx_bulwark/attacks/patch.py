@@ -1,13 +1,13 @@
 """One patch that fools a model wherever it lies on any image."""
 
 import math
-import operator
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from .base import Array, Model, check_model, predicted, within
+from .base import Array, Model, check_model, checked_count, predicted, within
 from .gradients import objective_of, usable
 from .losses import Loss, LossName
 
@@ -75,20 +75,21 @@ class UniversalPatch:
         loss: LossName | Loss = "cross_entropy",
         seed: int = 0,
     ) -> None:
-        self.shape = tuple(_count("shape", side) for side in shape)
+        count = partial(checked_count, type(self).__name__)
+        self.shape = tuple(count("shape", side) for side in shape)
         if len(self.shape) != 2:
             raise _error(f"shape must be height and width but is {shape!r}")
-        self.target = None if target is None else _count("target", target, least=0)
+        self.target = None if target is None else count("target", target, least=0)
         if mask is not None and (mask.dtype != mx.bool_ or mask.shape != self.shape or not mask.any().item()):
             raise _error(f"mask must be bool of shape {self.shape} and not empty but has {mask.dtype} {mask.shape}")
         self.mask = mx.ones(self.shape, mx.bool_) if mask is None else mask
-        self.steps, self.batch_size = _count("steps", steps), _count("batch_size", batch_size)
+        self.steps, self.batch_size = count("steps", steps), count("batch_size", batch_size)
         if not 0 < step_size < math.inf:
             raise _error(f"step_size must be > 0 but is {step_size!r}")
         low, high = map(float, bounds)
         if not -math.inf < low < high < math.inf:
             raise _error(f"bounds must be finite and increase but is {bounds!r}")
-        self.step_size, self.bounds, self.seed = float(step_size), (low, high), _count("seed", seed, least=0)
+        self.step_size, self.bounds, self.seed = float(step_size), (low, high), count("seed", seed, least=0)
         self._objective = objective_of("UniversalPatch", loss, target is not None)
         self.patch: mx.array | None = None
         """float32 ``[h, w, C]``, once it is trained; may be set to one that was saved."""
@@ -221,13 +222,3 @@ class UniversalPatch:
 
 def _error(text: str) -> ValueError:
     return ValueError(f"[UniversalPatch] {text}")
-
-
-def _count(name: str, value: Any, *, least: int = 1) -> int:
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = least - 1
-    if isinstance(value, bool) or count < least:
-        raise _error(f"{name} must be an integer >= {least} but is {value!r}")
-    return count

@@ -1,15 +1,15 @@
 """Attacks on text classifiers: a few tokens are exchanged."""
 
-import operator
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .base import Array, Model, check_model, predicted
+from .base import Array, Model, check_model, checked_count, predicted
 from .gradients import usable
 from .losses import margin
 
@@ -70,8 +70,9 @@ class TokenSubstitution:
         targeted: bool = False,
         batch_size: int = 64,
     ) -> None:
-        self.max_edits = _count("max_edits", max_edits, least=0)
-        self.candidates, self.batch_size = _count("candidates", candidates), _count("batch_size", batch_size)
+        count = partial(checked_count, type(self).__name__)
+        self.max_edits = count("max_edits", max_edits, least=0)
+        self.candidates, self.batch_size = count("candidates", candidates), count("batch_size", batch_size)
         if allowed is not None and (
             not isinstance(allowed, mx.array) or allowed.dtype != mx.bool_ or allowed.ndim != 1 or not allowed.size
         ):
@@ -269,13 +270,3 @@ def _moved(embedding: nn.Module) -> Iterator[Callable[[mx.array], None]]:
 
 def _error(text: str) -> ValueError:
     return ValueError(f"[TokenSubstitution] {text}")
-
-
-def _count(name: str, value: Any, *, least: int = 1) -> int:
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = least - 1
-    if isinstance(value, bool) or count < least:
-        raise _error(f"{name} must be an integer >= {least} but is {value!r}")
-    return count

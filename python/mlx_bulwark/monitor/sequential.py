@@ -1,6 +1,7 @@
 """Charts that add evidence up over time, and so find small shifts: CUSUM and EWMA."""
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
@@ -14,7 +15,23 @@ Sides = Literal["both", "above", "below"]
 ABOVE_BIT, BELOW_BIT, NOT_FINITE_BIT = 1, 2, 4
 
 
-class CUSUM(LocationChart):
+class SequentialChart(LocationChart):
+    """Chart whose every value leads to the next state: one loop serves one value and many."""
+
+    def update(self, value: Any) -> Signal | None:
+        """Look at the next value; see ``Chart.update``."""
+        return next(iter(self._run([self._number(value)])), None)
+
+    def update_many(self, values: Any) -> list[Signal]:
+        """Look at the next values; see ``Chart.update_many``."""
+        return self._run(self._numbers(values).tolist())
+
+    @abstractmethod
+    def _run(self, values: list[float]) -> list[Signal]:
+        """Look at values one after the other."""
+
+
+class CUSUM(SequentialChart):
     """Cumulative sums of deviations, upwards and downwards: finds a lasting shift of about ``2 * k`` sigma soonest.
 
     The sums are ``up = max(0, up + z - k)`` and ``down = max(0, down - z - k)`` of ``z = (x - center) / sigma``. One
@@ -77,14 +94,6 @@ class CUSUM(LocationChart):
     def _start(self) -> None:
         self._up = self._down = self.head_start * self.h
         self._up_points = self._down_points = 0
-
-    def update(self, value: Any) -> Signal | None:
-        """Look at the next value; see ``Chart.update``."""
-        return next(iter(self._run([self._number(value)])), None)
-
-    def update_many(self, values: Any) -> list[Signal]:
-        """Look at the next values; see ``Chart.update_many``."""
-        return self._run(self._numbers(values).tolist())
 
     def _run(self, values: list[float]) -> list[Signal]:
         center, sigma, k, up_limit, down_limit = self.center, self.sigma, self.k, self._up_limit, self._down_limit
@@ -187,7 +196,7 @@ class CUSUM(LocationChart):
         self._up_points, self._down_points = int(memory["up_points"]), int(memory["down_points"])
 
 
-class EWMA(LocationChart):
+class EWMA(SequentialChart):
     """Exponentially weighted moving average against its limits: finds small shifts, and is read as a smooth curve.
 
     The average is ``a + weight * (x - a)``, from the centre on; its standard deviation after t values is ``sigma *
@@ -246,14 +255,6 @@ class EWMA(LocationChart):
     def _start(self) -> None:
         self._average, self._points = 0.0, 0
         self._missing = 1.0 if self.exact else 0.0  # share of the asymptotic variance: a product, exact on every path
-
-    def update(self, value: Any) -> Signal | None:
-        """Look at the next value; see ``Chart.update``."""
-        return next(iter(self._run([self._number(value)])), None)
-
-    def update_many(self, values: Any) -> list[Signal]:
-        """Look at the next values; see ``Chart.update_many``."""
-        return self._run(self._numbers(values).tolist())
 
     def _run(self, values: list[float]) -> list[Signal]:
         center, sigma, weight, decay, variance = self.center, self.sigma, self.weight, self._decay, self._variance
