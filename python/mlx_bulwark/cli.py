@@ -409,10 +409,21 @@ def _app() -> "typer.Typer":
         out: Annotated[
             Path | None, typer.Option(metavar="FILE", help="Write the JSON to this file.", show_default=False)
         ] = None,
+        plot: Annotated[
+            Path | None,
+            typer.Option(
+                metavar="FILE", help="Draw scores and the worst images into this PNG file.", show_default=False
+            ),
+        ] = None,
+        progress: Annotated[bool, typer.Option(help="Show a bar on standard error.")] = True,
     ) -> None:
+        if plot is not None:
+            _require("demo", "matplotlib")
         from .poison.command import ScanOptions
 
-        options = ScanOptions(data, label, model, weights, trusted, expected_rate, false_alarm_rate, batch_size, seed)
+        options = ScanOptions(
+            data, label, model, weights, trusted, expected_rate, false_alarm_rate, batch_size, seed, plot, progress
+        )
         try:
             sys.exit(_scan(options, out, json, worst))
         except KeyboardInterrupt:

@@ -373,3 +373,8 @@ _READERS: dict[str, Callable[[BinaryIO, Path, int], dict[str, Array]]] = {
     ".parquet": _parquet,
     ".safetensors": _safetensors,
 }
+
+
+def is_image(samples: Any) -> bool:
+    """Whether rows are images, ``[n, H, W]`` or ``[n, H, W, C]``."""
+    return samples.ndim == 3 or (samples.ndim == 4 and samples.shape[-1] in (1, 3, 4))

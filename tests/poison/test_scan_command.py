@@ -3,9 +3,11 @@
 import json
 import sys
 
+import matplotlib.image
 import numpy as np
 import pytest
 from mlx_bulwark import cli
+from mlx_bulwark.poison import scan_features
 from mlx_bulwark.poison.attacks import label_flip
 
 MODEL = """
@@ -49,6 +51,32 @@ def test_poison_is_accused_and_told(folder, monkeypatch, capsys, arguments):
     assert told == json.loads((folder / "found.json").read_text())
     assert told["kind"] == "poison_scan"
     assert len(np.intersect1d(told["suspects"], np.load("indices.npy"))) >= 34
+
+
+def test_the_picture_shows_scores_and_the_worst_images(folder, monkeypatch, capsys):
+    assert run(monkeypatch, "poisoned.npz", "--plot", "rows.png") == 1
+    with np.load("poisoned.npz") as data:
+        np.savez("images.npz", x=data["x"].reshape(-1, 3, 4, 1), y=data["y"])
+    assert run(monkeypatch, "images.npz", "--plot", "images.png") == 1
+    assert "Scanning: 100%" in capsys.readouterr().err
+    rows, images = (matplotlib.image.imread(folder / name) for name in ("rows.png", "images.png"))
+    assert images.shape[0] > 1.5 * rows.shape[0]
+    for picture in (rows, images):
+        red, green, blue = picture[..., 0], picture[..., 1], picture[..., 2]
+        assert ((red > 0.7) & (green < 0.3) & (blue < 0.3)).sum() > 100  # suspects
+    assert run(monkeypatch, "images.npz", "--plot", "missing/images.png", "--no-progress") == 2
+    told = capsys.readouterr().err
+    assert "missing/images.png" in told
+    assert "Scanning" not in told
+
+
+def test_a_picture_wants_the_rows_that_were_scanned(tmp_path):
+    report = scan_features(np.random.default_rng(0).normal(size=(100, 4)), np.arange(100) % 4)
+    report.plot(tmp_path / "alone.png")
+    assert matplotlib.image.imread(tmp_path / "alone.png").size > 1000
+    with pytest.raises(ValueError, match=r"\[ScanReport.plot\] x must have the 100 rows that were scanned but has 99"):
+        report.plot(tmp_path / "other.png", np.zeros((99, 3, 3)))
+    assert not (tmp_path / "other.png").exists()
 
 
 def test_clean_data_are_not(folder, monkeypatch, capsys):

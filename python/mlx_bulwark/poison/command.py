@@ -30,6 +30,8 @@ class ScanOptions:
     false_alarm_rate: float
     batch_size: int
     seed: int
+    plot: Path | None
+    progress: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,20 +72,31 @@ def run_scan(options: ScanOptions) -> ScanFindings:
         "expected_rate": options.expected_rate,
         "false_alarm_rate": options.false_alarm_rate,
         "seed": options.seed,
+        "progress": options.progress,
     }
     held = None if options.trusted is None else load_labelled(options.trusted, options.label)
     if options.model is None:
-        if options.weights is not None:
-            raise OptionError("--weights must come with --model but does not")
-        rows = input_rows("scan", x)
-        scale = rows.std(axis=0)
-        scale = np.where(scale > 0, scale, 1.0)
-        clean = None if held is None else (input_rows("scan", held[0]) / scale, held[1], held[0])
-        return ScanFindings(scan_features(rows / scale, y, inputs=x, trusted=clean, **common), None)
-    model: Any = load_model(options.model, options.weights)
-    model.eval()
-    scanned = scan(model, x, y, trusted=held, batch_size=options.batch_size, **common)
-    return ScanFindings(scanned, None if held is None else inspect(model, held))
+        findings = ScanFindings(_scanned_alone(options, x, y, held, common), None)
+    else:
+        model: Any = load_model(options.model, options.weights)
+        model.eval()
+        scanned = scan(model, x, y, trusted=held, batch_size=options.batch_size, **common)
+        findings = ScanFindings(scanned, None if held is None else inspect(model, held, progress=options.progress))
+    if options.plot is not None:
+        span = (float(x.min()), float(x.max())) if x.size else (0.0, 1.0)
+        findings.scanned.plot(options.plot, x, bounds=span if span[0] < span[1] else (0.0, 1.0))
+    return findings
+
+
+def _scanned_alone(options: ScanOptions, x: Array, y: Array, held: Any, common: dict[str, Any]) -> ScanReport:
+    """Columns stand for the features, each in units of its deviation."""
+    if options.weights is not None:
+        raise OptionError("--weights must come with --model but does not")
+    rows = input_rows("scan", x)
+    scale = rows.std(axis=0)
+    scale = np.where(scale > 0, scale, 1.0)
+    clean = None if held is None else (input_rows("scan", held[0]) / scale, held[1], held[0])
+    return scan_features(rows / scale, y, inputs=x, trusted=clean, **common)
 
 
 def load_labelled(path: Path, label: str | None) -> tuple[Array, Array]:

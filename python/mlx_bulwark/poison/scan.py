@@ -1,13 +1,17 @@
 """Is a training set poisoned, and which rows are to blame: several detectors, one ranking with reasons."""
 
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.nn as nn
 import numpy as np
 from scipy import stats
+from tqdm import tqdm
 
 from ..smoothing.bounds import check_count
 from .classes import Array, Detection, by_class, checked, checked_labels, principal
@@ -17,6 +21,7 @@ from .influence import self_influence
 from .label_noise import cross_fitted, label_noise
 from .mixture import class_mixture
 from .neighbors import deep_knn, shares_among
+from .plot import draw_scan
 from .spectral import spectral_signatures
 from .spectre import spectre
 from .values import input_rows, telling_values
@@ -124,6 +129,22 @@ class ScanReport:
             "  ".join([*(cell.ljust(w) for cell, w in zip(line, widths, strict=False)), line[3]]) for line in lines
         )
 
+    def plot(self, path: str | os.PathLike[str], x: Any = None, *, bounds: tuple[float, float] = (0.0, 1.0)) -> None:
+        """Draw the scores of every label, with the suspects, and beneath them images of the worst.
+
+        Args:
+            path: PNG file.
+            x: What was scanned; of images ``[n, H, W]`` or ``[n, H, W, C]`` the worst suspects are shown, or the worst
+                rows where there is no suspect.
+            bounds: Of the values of images.
+
+        Raises:
+            ImportError: matplotlib is missing.
+            ValueError: ``x`` has another number of rows.
+            OSError: The file cannot be written.
+        """
+        draw_scan(self, Path(path), x, bounds)
+
     def to_json(self) -> dict[str, Any]:
         """Return verdicts, the suspects and the worst rows with their reasons as numbers, strings, lists and dicts."""
         return {
@@ -179,6 +200,7 @@ def scan(
     natural_noise: float = 0.005,
     batch_size: int = 256,
     seed: int = 0,
+    progress: bool = False,
 ) -> ScanReport:
     """Scan the data that a model was trained on for poison: backdoors, and wrong labels.
 
@@ -210,6 +232,7 @@ def scan(
         natural_noise: Share of wrong labels that is no reason to accuse a set.
         batch_size: Rows of a forward pass.
         seed: Of what is drawn: folds, starts, projections.
+        progress: Show a bar on standard error.
 
     Returns:
         ScanReport: The ranking, the verdict, and reasons.
@@ -257,6 +280,7 @@ def scan(
         false_alarm_rate=false_alarm_rate,
         natural_noise=natural_noise,
         seed=seed,
+        progress=progress,
     )
 
 
@@ -272,6 +296,7 @@ def scan_features(
     false_alarm_rate: float = 0.01,
     natural_noise: float = 0.005,
     seed: int = 0,
+    progress: bool = False,
 ) -> ScanReport:
     """Scan features that are already there: of any model, or the raw columns of a table.
 
@@ -287,6 +312,7 @@ def scan_features(
         false_alarm_rate: As for ``scan``.
         natural_noise: As for ``scan``.
         seed: As for ``scan``.
+        progress: As for ``scan``.
 
     Returns:
         ScanReport: The ranking, the verdict, and reasons.
@@ -311,7 +337,9 @@ def scan_features(
     data = _Data(features, y, logits, inputs, trusted, seed)
     wanted = METHODS if methods is None else tuple(dict.fromkeys(methods))
     skipped = {name: why for name in wanted if (why := data.missing(name))}
-    found = {name: data.detect(name) for name in wanted if name not in skipped}
+    usable = [name for name in wanted if name not in skipped]
+    with tqdm(usable, desc="Scanning", unit="method", disable=not progress, file=sys.stderr) as bar:
+        found = {name: data.detect(name) for name in bar}
     verdicts = {name: v for name in found if (v := _verdict(name, found, data, natural_noise)) is not None}
     level = false_alarm_rate / max(len(verdicts), 1)
     results = {name: _result(name, found[name], verdicts.get(name), level) for name in found}

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from ..readers import is_image
 from .parts import Gallery, Picture, Section, Table, number
 from .png import data_uri
 
@@ -21,16 +22,12 @@ def show_worst(section: Section, samples: Any, bounds: tuple[float, float]) -> N
         rows = [w["row"] for w in worst]
         if any(not 0 <= row < len(samples) for row in rows):
             raise ValueError(f"[Report.add] samples must have the rows {rows} but has {len(samples)}")
-        if _is_image(samples):
+        if is_image(samples):
             pictures = [{"row": row, "png": data_uri(samples[row], bounds)} for row in rows]
             section.data = section.data | {"pictures": pictures}
         elif samples.ndim == 2:
             section.tables.append(_rows(samples, rows))
     _show_pictures(section, worst)
-
-
-def _is_image(samples: Any) -> bool:
-    return samples.ndim == 3 or (samples.ndim == 4 and samples.shape[-1] in (1, 3, 4))
 
 
 def _show_pictures(section: Section, worst: list[dict[str, Any]]) -> None:
