@@ -1,14 +1,12 @@
 """Activation ranges: inputs that drive a unit where no trusted input drives it."""
 
-import math
 from typing import Any
 
 import mlx.nn as nn
 import numpy as np
 
-from .classifier import Array, inputs_of, integer, share
+from .classifier import Array, inputs_of, integer, least_clean, rank_of, share
 from .features import penultimate_features
-from .strip import least_clean
 
 FLOOR = 0.1  # of the mean deviation of all units: what a unit's own is at least, for units at rest
 
@@ -78,8 +76,7 @@ class ActivationRange:
         if not self._scale.all():
             raise ValueError(f"[{op}] model must have units that vary over the trusted inputs but all are constant")
         self.trusted_scores = np.sort(self._scores(features[half:]))
-        rank = math.floor(self.false_alarm_rate * (len(self.trusted_scores) + 1) + 1e-9)
-        self.threshold = float(self.trusted_scores[-rank])
+        self.threshold = float(self.trusted_scores[-rank_of(self.false_alarm_rate, len(self.trusted_scores))])
 
     def score(self, x: Any) -> Array:
         """By how many deviations the most extreme unit of each input is above the trusted range.

@@ -1,4 +1,4 @@
-"""What the inspection of a model shares: its checks of a classifier, of trusted inputs, and of what the model says."""
+"""What the inspection of a model shares: checks of a classifier and of inputs, what the model says, and its tests."""
 
 import math
 from typing import Any
@@ -13,6 +13,7 @@ Array = np.ndarray[Any, Any]
 Bounds = tuple[float, float]
 
 SLACK = 1e-6  # of the bounds: what rounding may take
+LEAST_CLASSES = 5  # from which on the spread of the others is known at all
 
 
 def inputs_of(op: str, name: str, x: Any, *, least: int = 0, shape: tuple[int, ...] | None = None) -> Array:
@@ -38,18 +39,24 @@ def inputs_of(op: str, name: str, x: Any, *, least: int = 0, shape: tuple[int, .
 
 def bounds_of(op: str, name: str, rows: Array, bounds: Any) -> Bounds:
     """The bounds, once all inputs are seen to be within."""
-    try:
-        low, high = (float(b) for b in bounds)
-    except (TypeError, ValueError):
-        raise ValueError(f"[{op}] bounds must be two numbers but is {bounds!r}") from None
-    if not -math.inf < low < high < math.inf:
-        raise ValueError(f"[{op}] bounds must be finite and increase but is {bounds!r}")
+    low, high = interval(op, bounds)
     slack = SLACK * max(1.0, abs(low), abs(high))
     if rows.size and (rows.min() < low - slack or rows.max() > high + slack):
         raise ValueError(
             f"[{op}] {name} must be within the bounds ({low:g}, {high:g}) "
             f"but has values from {rows.min():g} to {rows.max():g}"
         )
+    return low, high
+
+
+def interval(op: str, bounds: Any) -> Bounds:
+    """Two finite numbers that increase."""
+    try:
+        low, high = (float(b) for b in bounds)
+    except (TypeError, ValueError):
+        raise ValueError(f"[{op}] bounds must be two numbers but is {bounds!r}") from None
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"[{op}] bounds must be finite and increase but is {bounds!r}")
     return low, high
 
 
@@ -80,6 +87,13 @@ def share(op: str, name: str, value: Any) -> float:
     return float(value)
 
 
+def positive(op: str, name: str, value: Any) -> float:
+    """A finite number above 0."""
+    if not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        raise ValueError(f"[{op}] {name} must be a finite number above 0 but is {value!r}")
+    return float(value)
+
+
 def logits_of(op: str, model: Any, x: Array, batch_size: int = 256) -> Array:
     """Logits float32 ``[n, C]`` of inputs ``[n, ...]``, finite, C >= 2."""
     check_model(op, model)
@@ -105,3 +119,31 @@ def _checked(op: str, logits: Any, rows: int) -> mx.array:
         has = f"shape {logits.shape}" if isinstance(logits, mx.array) else f"type {type(logits).__name__}"
         raise ValueError(f"[{op}] model must return logits of shape ({rows}, C), [B, C], but has {has}")
     return logits.astype(mx.float32)
+
+
+def least_clean(rate: float) -> int:
+    """Clean scores from which on a threshold can keep this rate of false alarms."""
+    return math.ceil(1 / rate - 1 - 1e-9)
+
+
+def least_rate(rate: float, clean: int) -> float:
+    """The rate, or the least that so many clean scores can keep."""
+    return max(rate, 1 / (clean + 1) + 1e-9)
+
+
+def rank_of(rate: float, clean: int) -> int:
+    """The extreme one of so many clean scores that a new one is beyond at this rate, or less often.
+
+    A new clean score is as likely to come at any of the ``clean + 1`` ranks, whatever the distribution.
+    """
+    return math.floor(rate * (clean + 1) + 1e-9)
+
+
+def outlier_p_value(value: float, others: Array) -> float:
+    """Of a value so far above the others, picked as the highest: Student's t of a new one, times the values."""
+    from scipy.special import stdtr
+
+    deviation = float(others.std(ddof=1)) * math.sqrt(1 + 1 / len(others))
+    above = value - float(others.mean())
+    t = above / deviation if deviation else math.copysign(math.inf, above) if above else 0.0
+    return min(1.0, (len(others) + 1) * float(stdtr(len(others) - 1, -t)))

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .classes import Array, Detection, by_class, checked, principal
+from .classifier import integer
 
 STARTS = 8
 MOST_ROWS = 2000  # of a silhouette, drawn at random
@@ -53,8 +54,7 @@ def activation_clustering(features: Any, y: Any, *, components: int = 10, seed: 
         B. Chen et al., "Detecting Backdoor Attacks on Deep Neural Networks by Activation Clustering", 2018.
     """
     features, y = checked("activation_clustering", features, y)
-    if components < 1:
-        raise ValueError(f"[activation_clustering] components must be 1 or more but is {components}")
+    integer("activation_clustering", "components", components, 1)
     generator = np.random.default_rng(seed)
     scores, smaller = np.zeros(len(y)), np.zeros(len(y), bool)
     statistics, sizes = {}, {}

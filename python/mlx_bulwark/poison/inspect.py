@@ -9,7 +9,18 @@ from typing import Any
 import numpy as np
 
 from .activation_range import ActivationRange
-from .classifier import Array, Bounds, bounds_of, inputs_of, integer, labels_of, logits_of, share
+from .classifier import (
+    Array,
+    Bounds,
+    bounds_of,
+    inputs_of,
+    integer,
+    labels_of,
+    least_rate,
+    logits_of,
+    rank_of,
+    share,
+)
 from .neural_cleanse import NeuralCleanse, ReversedTrigger, neural_cleanse
 from .pruning import pruning_check
 from .strip import STRIP
@@ -285,7 +296,7 @@ class _Looks:
 
     def _strip(self, alpha: float) -> InspectResult:
         overlays = min(50, len(self.rows) // 3)
-        least = max(self.rate, 1 / (len(self.rows) - overlays + 1) + 1e-9)
+        least = least_rate(self.rate, len(self.rows) - overlays)
         how: dict[str, Any] = {"bounds": self.bounds, "batch_size": self.batch_size, "seed": self.seed}
         strip = STRIP(self.model, self.rows, n=max(1, overlays), false_rejection_rate=least, **how)
         found = np.flatnonzero(strip.detect(self.inputs))
@@ -295,7 +306,7 @@ class _Looks:
     def _activation_range(self, alpha: float) -> InspectResult:
         if len(self.rows) < 4:
             return _untested("there are fewer than 4 trusted inputs")
-        least = max(self.rate, 1 / (len(self.rows) // 2 + 1) + 1e-9)
+        least = least_rate(self.rate, len(self.rows) // 2)
         try:
             ranges = ActivationRange(
                 self.model, self.rows, false_alarm_rate=least, batch_size=self.batch_size, seed=self.seed
@@ -314,7 +325,7 @@ class _Looks:
         from scipy.stats import betabinom
 
         assert self.inputs is not None
-        n, rank = len(self.inputs), max(1, math.floor(rate * (calibration + 1) + 1e-9))
+        n, rank = len(self.inputs), max(1, rank_of(rate, calibration))
         # The share of clean inputs beyond the calibration's order statistic of that rank is Beta distributed.
         p = float(betabinom.sf(len(found) - 1, n, rank, calibration + 1 - rank))
         accused = p <= alpha

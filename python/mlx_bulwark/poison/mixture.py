@@ -7,6 +7,7 @@ from scipy.linalg import solve_triangular
 from scipy.special import expit
 
 from .classes import Array, Detection, by_class, checked, principal
+from .classifier import integer
 
 STEPS = 30
 MOST_POISON = 0.7  # of a class
@@ -63,8 +64,7 @@ def class_mixture(features: Any, views: Any, y: Any, *, components: int = 10) ->
     """
     features, y = checked("class_mixture", features, y)
     views, _ = checked("class_mixture", views, y)
-    if components < 1:
-        raise ValueError(f"[class_mixture] components must be 1 or more but is {components}")
+    integer("class_mixture", "components", components, 1)
     scores, statistics, shares = np.zeros(len(y)), {}, {}
     for label, rows in by_class(y):
         side = views[rows]

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..ops.neighbors import knn
 from .classes import Array, Detection, by_class, checked
+from .classifier import integer
 
 
 def deep_knn(features: Any, y: Any, *, k: int = 20) -> Detection:
@@ -39,8 +40,7 @@ def deep_knn(features: Any, y: Any, *, k: int = 20) -> Detection:
         N. Peri et al., "Deep k-NN Defense against Clean-label Data Poisoning Attacks", 2020.
     """
     features, y = checked("deep_knn", features, y)
-    if k < 1:
-        raise ValueError(f"[deep_knn] k must be 1 or more but is {k}")
+    integer("deep_knn", "k", k, 1)
     shares = shares_among(features, features, y, k, itself=True)
     rows = np.arange(len(y))
     own = shares[rows, y] if len(y) else np.zeros(0)

@@ -11,13 +11,23 @@ import mlx.nn as nn
 import numpy as np
 
 from ..convolutions import faster_convolutions
-from .classifier import Array, Bounds, bounds_of, inputs_of, integer, logits_of, share
+from .classifier import (
+    LEAST_CLASSES,
+    Array,
+    Bounds,
+    bounds_of,
+    inputs_of,
+    integer,
+    logits_of,
+    outlier_p_value,
+    positive,
+    share,
+)
 
 CONSISTENCY = 1.4826  # from the median absolute deviation of a normal distribution to its standard deviation
 INDEX = 2.0  # the paper's
 LARGEST = 0.4  # of the median norm: what a trigger's mask may have
 LEAST_SUCCESS = 0.9  # of a trigger that is worth the name
-LEAST_CLASSES = 5  # from which on the spread of the others is known at all
 GROWTH, DECAY = 1.1, 1.15  # of the penalty in a step
 MEMORY = 0.9  # of the moving average of the success
 BETAS = (0.5, 0.9)  # Adam's, as the authors have them
@@ -156,11 +166,10 @@ def neural_cleanse(
     level, wanted = share(op, "alpha", alpha), share(op, "success", success)
     count, each = integer(op, "steps", steps, 1), integer(op, "batch_size", batch_size, 1)
     integer(op, "seed", seed, 0)
-    if not (isinstance(learning_rate, (int, float)) and 0 < learning_rate < math.inf):
-        raise ValueError(f"[{op}] learning_rate must be a finite number above 0 but is {learning_rate!r}")
+    pace = positive(op, "learning_rate", learning_rate)
     predicted = logits_of(op, model, rows)
     classes = predicted.shape[1]
-    search = _Search(model, rows.shape[1:], classes, min(each, len(rows)), float(learning_rate), wanted, limits)
+    search = _Search(model, rows.shape[1:], classes, min(each, len(rows)), pace, wanted, limits)
     masks, patterns, norms = search.run(rows, count, seed, progress)
     index = anomaly_index(norms)
     kinds = predicted.argmax(axis=1)
@@ -185,17 +194,8 @@ def anomaly_index(norms: Array) -> Array:
 
 def outlier_p_values(norms: Array) -> Array:
     """Of the first, second, ... smallest norm against all larger ones, over all classes."""
-    from scipy.special import stdtr
-
-    logs = np.sort(np.log(np.maximum(norms, EPSILON)))
-    found = []
-    for k in range(max(1, len(logs) // 3)):
-        rest = logs[k + 1 :]
-        deviation = float(rest.std(ddof=1)) * math.sqrt(1 + 1 / len(rest))
-        below = float(rest.mean() - logs[k])
-        t = below / deviation if deviation else math.copysign(math.inf, below) if below else 0.0
-        found.append(min(1.0, (len(rest) + 1) * float(stdtr(len(rest) - 1, -t))))
-    return np.array(found)
+    falling = -np.sort(np.log(np.maximum(norms, EPSILON)))
+    return np.array([outlier_p_value(float(falling[k]), falling[k + 1 :]) for k in range(max(1, len(norms) // 3))])
 
 
 def _judged(triggers: tuple[ReversedTrigger, ...], alpha: float) -> NeuralCleanse:

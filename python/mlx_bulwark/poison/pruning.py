@@ -1,7 +1,6 @@
 """Fine-pruning: units that clean data leave dormant may serve a backdoor; look at them, and take them out."""
 
 import copy
-import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +11,18 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
-from .classifier import Array, inputs_of, integer, labels_of, logits_of, share
+from .classifier import (
+    LEAST_CLASSES,
+    Array,
+    inputs_of,
+    integer,
+    labels_of,
+    logits_of,
+    outlier_p_value,
+    positive,
+    share,
+)
 from .features import features_and_logits
-
-LEAST_CLASSES = 5  # from which on the spread of the others is known at all
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,8 +163,7 @@ def fine_prune(
     allowed, rounds = share(op, "accuracy_loss", accuracy_loss), integer(op, "epochs", epochs, 0)
     size = integer(op, "batch_size", batch_size, 1)
     rng = np.random.default_rng(integer(op, "seed", seed, 0))
-    if not (isinstance(learning_rate, (int, float)) and 0 < learning_rate < math.inf):
-        raise ValueError(f"[{op}] learning_rate must be a finite number above 0 but is {learning_rate!r}")
+    pace = positive(op, "learning_rate", learning_rate)
     found, x, y = _check(op, model, trusted, allowed, 0.05)
     pruned = np.sort(found.order[: found.dormant])
     repaired = copy.deepcopy(model)
@@ -166,7 +172,7 @@ def fine_prune(
     kept[pruned] = 0
     mask = mx.array(kept)
     head.weight = head.weight * mask
-    optimizer = optim.Adam(learning_rate)
+    optimizer = optim.Adam(pace)
     step = nn.value_and_grad(repaired, lambda x, y: nn.losses.cross_entropy(repaired(x), y, reduction="mean"))
     for _ in tqdm(range(rounds), desc="Fine-pruning", unit="epoch", disable=not progress, file=sys.stderr):
         for rows in np.array_split(rng.permutation(len(y)), max(1, len(y) // size)):
@@ -233,13 +239,8 @@ def _judged(
     if len(speaks) < LEAST_CLASSES:
         words = f"{share_of}; {len(speaks)} classes cannot be compared, it takes {LEAST_CLASSES}"
         return PruningCheck(layer, order, accuracy, changed, dormant, speaks, None, False, words)
-    from scipy.special import stdtr
-
     top = int(speaks.argmax())
-    rest = np.delete(speaks, top)
-    deviation = float(rest.std(ddof=1)) * math.sqrt(1 + 1 / len(rest))
-    t = (float(speaks[top]) - float(rest.mean())) / deviation if deviation else 0.0
-    p = min(1.0, len(speaks) * float(stdtr(len(rest) - 1, -t)))
+    p = outlier_p_value(float(speaks[top]), np.delete(speaks, top))
     accused = p <= alpha
     verdict = "beyond chance" if accused else "no more than chance explains"
     words = f"{share_of} and speak for class {top} most, {verdict} (p {p:.2g})"

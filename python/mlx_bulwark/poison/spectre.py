@@ -6,6 +6,7 @@ import numpy as np
 from scipy.linalg import solve_triangular
 
 from .classes import Array, Detection, by_class, checked, principal
+from .classifier import integer
 
 STARTS, STEPS = 6, 10
 SHARPNESS = 4.0  # of quantum entropy: between the norm (0) and the top direction alone (infinity)
@@ -42,8 +43,7 @@ def spectre(features: Any, y: Any, *, components: int = 10, seed: int = 0) -> De
         K. Van Driessen, "A Fast Algorithm for the Minimum Covariance Determinant Estimator", 1999.
     """
     features, y = checked("spectre", features, y)
-    if components < 1:
-        raise ValueError(f"[spectre] components must be 1 or more but is {components}")
+    integer("spectre", "components", components, 1)
     generator = np.random.default_rng(seed)
     scores, statistics = np.zeros(len(y)), {}
     for label, rows in by_class(y):

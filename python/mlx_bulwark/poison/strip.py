@@ -1,12 +1,11 @@
 """STRIP: an input whose class stands whatever is laid over it carries a trigger."""
 
-import math
 from typing import Any, Literal
 
 import numpy as np
 
 from ..attacks.base import check_model
-from .classifier import Array, bounds_of, inputs_of, integer, logits_of, share
+from .classifier import Array, bounds_of, inputs_of, integer, least_clean, logits_of, rank_of, share
 
 Blend = Literal["sum", "mean"]
 
@@ -85,8 +84,7 @@ class STRIP:
         order = np.random.default_rng(integer("STRIP", "seed", seed, 0)).permutation(len(rows))
         self._overlays = rows[order[:count]]
         self.clean_entropy = np.sort(self.entropy(rows[order[count:]]))
-        # The rank at which a new clean input is as likely to come as at any other of the m + 1.
-        rank = math.floor(self.false_rejection_rate * (len(self.clean_entropy) + 1) + 1e-9)
+        rank = rank_of(self.false_rejection_rate, len(self.clean_entropy))
         self.threshold = float(self.clean_entropy[rank - 1])
 
     def entropy(self, x: Any) -> Array:
@@ -149,8 +147,3 @@ class STRIP:
         entropy = (probabilities * (np.log(total) - logits)).sum(axis=1)
         mean: Array = entropy.reshape(len(rows), -1).mean(axis=1)
         return mean
-
-
-def least_clean(false_rejection_rate: float) -> int:
-    """Clean inputs from which on the rate can be kept, beside the overlays."""
-    return math.ceil(1 / false_rejection_rate - 1 - 1e-9)

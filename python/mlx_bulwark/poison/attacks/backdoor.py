@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from ..classifier import Bounds
 from .base import (
-    Bounds,
     Poisoned,
     Trigger,
     check_bounds,

@@ -9,12 +9,10 @@ import mlx.core as mx
 import numpy as np
 
 from ...attacks.base import Model, check_model, predicted
+from ..classifier import SLACK, Bounds, interval
 
 Array = np.ndarray[Any, Any]
 Trigger = Callable[[Any], Any]
-Bounds = tuple[float, float]
-
-SLACK = 1e-6  # of the bounds: what rounding may take
 
 
 class Poisoned(NamedTuple):
@@ -108,12 +106,7 @@ def check_class(op: str, name: str, value: Any) -> int:
 
 def check_bounds(op: str, x: Any, bounds: Any) -> Bounds:
     """The bounds, once all inputs are seen to be within."""
-    try:
-        low, high = (float(b) for b in bounds)
-    except (TypeError, ValueError):
-        raise ValueError(f"[{op}] bounds must be two numbers but is {bounds!r}") from None
-    if not -math.inf < low < high < math.inf:
-        raise ValueError(f"[{op}] bounds must be finite and increase but is {bounds!r}")
+    low, high = interval(op, bounds)
     if count := outside(x, (low, high)):
         raise ValueError(f"[{op}] x must be finite and within the bounds {bounds} but has {count} rows that are not")
     return low, high

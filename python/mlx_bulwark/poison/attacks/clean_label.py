@@ -8,9 +8,9 @@ import numpy as np
 from ...attacks import PGD
 from ...attacks.base import Model
 from ...ops.step import Norm
+from ..classifier import Bounds
 from .base import (
     Array,
-    Bounds,
     Poisoned,
     check_bounds,
     check_class,

@@ -12,7 +12,8 @@ from tqdm import tqdm
 
 from ...attacks.base import check_model
 from ...ops.step import projected_step, random_start
-from .base import Bounds, Poisoned, check_bounds, check_class, check_number, check_set, chosen, replaced, taken
+from ..classifier import Bounds
+from .base import Poisoned, check_bounds, check_class, check_number, check_set, chosen, replaced, taken
 from .clean_label import as_given
 
 TINY = 1e-12

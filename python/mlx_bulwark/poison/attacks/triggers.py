@@ -6,7 +6,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from .base import Array, Bounds, Trigger
+from ..classifier import Bounds
+from .base import Array, Trigger
 
 SIDE = 3  # of the patch by default
 
