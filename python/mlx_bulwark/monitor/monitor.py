@@ -17,7 +17,7 @@ from scipy import stats
 
 from .alerts import Alert, Cooldown, Severity
 from .charts import Chart, Signal
-from .observation import Array, Observation, check_output, drawn, numbers, observe, run_listening, summary
+from .observation import Array, Observation, check_output, drawn, flattened, numbers, observe, run_listening, summary
 from .reference import Baseline, Detector, check_labels
 from .schedule import Schedule
 from .sequential import CUSUM
@@ -129,6 +129,8 @@ class Monitor:
         )
         self._charts, self._window_size = charts, window_size
         self._windows = self._make_windows(windows, window_size)
+        ends = "_directions"
+        self._towards = {n.removesuffix(ends): mx.array(a) for n, a in baseline.arrays.items() if n.endswith(ends)}
         self._schedule = None if every is None else Schedule(every, clock=clock)
         self._held_out = None if held_out is None else _held_out(baseline, *held_out)
         self._reference: Array | None = None  # which rows of the held-out set were right at first
@@ -190,9 +192,11 @@ class Monitor:
             else:
                 output = self.model(x, *args, **kwargs)
             scores = check_output("Monitor", self._scores(output) if self._scores else output, self._classes)
-            seen = observe(scores, self.baseline.facts["outputs"])
+            at = drawn(len(scores), self._rows_per_batch, int(self.baseline.facts["seed"]), self._counters["batches"])
+            glance = self._glance(x, given, at)
+            seen = observe(scores, self.baseline.facts["outputs"], *glance.values())
             with self._restored():
-                self._watch(x, given, seen, scores.shape)
+                self._watch(seen, scores.shape, at, {name: np.array(rows) for name, rows in glance.items()})
             self.tick()
         return output
 
@@ -200,7 +204,23 @@ class Monitor:
     def _classes(self) -> int:
         return int(self.baseline.facts["classes"])
 
-    def _watch(self, x: Any, given: mx.array | None, seen: Observation, shape: tuple[int, ...]) -> None:
+    def _glance(self, x: Any, given: mx.array | None, at: Array) -> dict[str, mx.array]:
+        """What windows look at of some rows, to be evaluated together with the output."""
+        glance: dict[str, mx.array] = {}
+        if not len(at):
+            return glance
+        if {"inputs", "outliers"} & self._windows.keys():
+            rows = flattened(x[mx.array(at)] if isinstance(x, mx.array) else np.asarray(x)[at])
+            if "inputs" in self._windows:
+                glance["inputs"] = summary(rows, self._directions("inputs", rows))
+            if "outliers" in self._windows:
+                glance["outliers"] = rows
+        if given is not None:
+            rows = flattened(given[mx.array(at)])
+            glance["embeddings"] = summary(rows, self._directions("embeddings", rows))
+        return glance
+
+    def _watch(self, seen: Observation, shape: tuple[int, ...], at: Array, glance: dict[str, Array]) -> None:
         batch, rows = self._counters["batches"], shape[0]
         where = Batch(batch, None, self.checkpoint)
         valid: Array = np.asarray(seen.valid.reshape(rows, -1).all(axis=1)) if rows else seen.valid
@@ -209,7 +229,7 @@ class Monitor:
         confidences = per_row[valid].mean(axis=1, dtype=np.float64)
         points = {name: self._series[name].add(confidences, where) for name in ("confidence",) if name in self._series}
         alerts += [a for name, found in points.items() for a in self._judge(name, found, where)]
-        tests = self._look(x, given, seen, valid, batch)
+        tests = self._look(seen, valid, at, glance, batch)
         alerts += [self._drift_alert(test, batch) for test in tests if test.drift]
         self._counters["batches"] += 1
         self._counters["rows"] += rows
@@ -225,24 +245,22 @@ class Monitor:
         message = f"{bad} of {len(seen.valid)} outputs of batch {batch} are not finite; they are no predictions"
         return [Alert("critical", "outputs", message, details, self._clock())]
 
-    def _look(self, x: Any, given: mx.array | None, seen: Observation, valid: Array, batch: int) -> list[WindowTest]:
+    def _look(
+        self, seen: Observation, valid: Array, at: Array, glance: dict[str, Array], batch: int
+    ) -> list[WindowTest]:
         """Give windows some rows of the batch."""
-        at = drawn(len(valid), self._rows_per_batch, int(self.baseline.facts["seed"]), batch)
-        usable = valid[at]
-        found: dict[str, Array] = {}
-        if {"inputs", "outliers"} & self._windows.keys() and len(at):
-            flat = numbers(x[mx.array(at)] if isinstance(x, mx.array) else np.asarray(x)[at])
-            finite = np.isfinite(flat).all(axis=1)
-            self._counters["not_finite_inputs"] += int((~finite).sum())
-            flat = flat[finite]
-            if "inputs" in self._windows:
-                found["inputs"] = summary(flat, self._directions("inputs", flat))
-            if "outliers" in self._windows and self._detector is not None and len(flat):
-                found["outliers"] = np.asarray(self._detector.score_samples(flat), np.float32).reshape(-1, 1)
-        if given is not None:
-            embedded = np.array(given[mx.array(at)])
-            embedded = embedded[usable & np.isfinite(embedded).all(axis=1)]
-            found["embeddings"] = summary(embedded, self._directions("embeddings", embedded))
+        usable, found = valid[at], {}
+        # Sums over a row tell of every NaN and infinity in it.
+        finite = {name: np.isfinite(rows).all(axis=1) for name, rows in glance.items()}
+        if inputs := [finite[name] for name in ("inputs", "outliers") if name in finite]:
+            self._counters["not_finite_inputs"] += int((~inputs[0]).sum())
+        if "inputs" in glance:
+            found["inputs"] = glance["inputs"][finite["inputs"]]
+        if self._detector is not None and "outliers" in glance and finite["outliers"].any():
+            scores = self._detector.score_samples(glance["outliers"][finite["outliers"]])
+            found["outliers"] = np.asarray(scores, np.float32).reshape(-1, 1)
+        if "embeddings" in glance:
+            found["embeddings"] = glance["embeddings"][usable & finite["embeddings"]]
         if "confidences" in self._windows and len(at):
             per_row = seen.confidences.reshape(len(valid), -1)[at][usable]
             found["confidences"] = per_row.mean(axis=1, keepdims=True)
@@ -262,8 +280,8 @@ class Monitor:
             self._pieces[name] = (emptied, window.pending if emptied else window.pending[before:])
         return tests
 
-    def _directions(self, name: str, rows: Array) -> Array | None:
-        directions = self.baseline.arrays.get(f"{name}_directions")
+    def _directions(self, name: str, rows: mx.array) -> mx.array | None:
+        directions = self._towards.get(name)
         wanted = self.baseline.arrays[name].shape[1] if directions is None else len(directions)
         if rows.shape[1] != wanted:
             raise ValueError(f"[Monitor] {name} must have rows of {wanted} numbers but have {rows.shape[1]}")

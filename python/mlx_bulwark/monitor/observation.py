@@ -28,8 +28,8 @@ class Observation(NamedTuple):
     valid: Array
 
 
-def observe(output: mx.array, outputs: Outputs) -> Observation:
-    """Read an output ``[..., classes]``, all rows at once; the output stays as it is."""
+def observe(output: mx.array, outputs: Outputs, *beside: mx.array) -> Observation:
+    """Read an output ``[..., classes]``, all rows at once, and evaluate what is wanted beside it in the same pass."""
     if not output.size:
         return Observation(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, bool))
     rows = output.reshape(-1, output.shape[-1])
@@ -43,7 +43,7 @@ def observe(output: mx.array, outputs: Outputs) -> Observation:
         total, confidences = mx.sum(rows, axis=-1), largest
     valid = mx.isfinite(total)
     classes = mx.where(valid, mx.argmax(rows, axis=-1).astype(mx.int32), -1)
-    mx.eval(output, classes, confidences, valid)
+    mx.eval(output, classes, confidences, valid, *beside)
     return Observation(np.array(classes).astype(np.int64), np.array(confidences), np.array(valid))
 
 
@@ -59,13 +59,16 @@ def check_output(where: str, output: Any, classes: int | None) -> mx.array:
     return output
 
 
+def flattened(x: Any) -> mx.array:
+    """Rows as float32 ``[n, d]``, not evaluated."""
+    x = x if isinstance(x, mx.array) else mx.array(np.asarray(x, np.float32))
+    rows: mx.array = x.astype(mx.float32).reshape(len(x), math.prod(x.shape[1:]))
+    return rows
+
+
 def numbers(x: Any) -> Array:
-    """Rows as float32 ``[n, d]``."""
-    if isinstance(x, mx.array):
-        x = np.array(x.astype(mx.float32))
-    x = np.asarray(x, np.float32)
-    flat: Array = x.reshape(len(x), math.prod(x.shape[1:]))
-    return flat
+    """The same as a NumPy array."""
+    return np.array(flattened(x))
 
 
 def are_tokens(x: Any) -> bool:
@@ -81,11 +84,14 @@ def projection(width: int, dimensions: int, seed: int) -> Array | None:
     return np.asarray(directions, np.float32)
 
 
-def summary(rows: Array, directions: Array | None) -> Array:
-    """float32 ``[n, k]``: rows along random directions, their mean and their standard deviation; narrow rows as is."""
+def summary(rows: mx.array, directions: mx.array | None) -> mx.array:
+    """float32 ``[n, k]``: rows along random directions, their mean and their standard deviation; narrow rows as is.
+
+    In MLX, as the model itself: the threads of a second BLAS would spin beside it.
+    """
     if directions is None:
         return rows
-    return np.column_stack([rows @ directions, rows.mean(axis=1), rows.std(axis=1)]).astype(np.float32)
+    return mx.concatenate([rows @ directions, rows.mean(axis=1, keepdims=True), mx.std(rows, axis=1, keepdims=True)], 1)
 
 
 def drawn(rows: int, most: int, *seed: int) -> Array:

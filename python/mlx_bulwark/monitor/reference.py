@@ -242,7 +242,7 @@ def _run(
 def _keep(where: str, arrays: dict[str, Array], name: str, rows: Array, directions: Array | None) -> None:
     if not np.isfinite(rows).all():
         raise ValueError(f"[{where}] {name} must be finite but have NaN or infinite values")
-    arrays[name] = summary(rows, directions)
+    arrays[name] = np.array(summary(mx.array(rows), None if directions is None else mx.array(directions)))
     if directions is not None:
         arrays[f"{name}_directions"] = directions
 
