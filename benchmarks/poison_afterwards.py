@@ -114,9 +114,9 @@ def clean_test(seed):
     return data.test_x, data.test_y
 
 
-def trained_privately(x, y, seed, epsilon):
+def trained_privately(x, y, seed, epsilon, make=Network):
     mx.random.seed(seed)
-    model = Network()
+    model = make()
     engine = bw.PrivacyEngine.for_epsilon(
         epsilon, DELTA, len(x), steps=STEPS, batch_size=BATCH, max_grad_norm=NORM, accountant="rdp"
     )

@@ -5,7 +5,7 @@ class is the package. A perceptron over the words of a text is trained on 2,000 
 and 10 % of the rows, three seeds, and asked for features, which ART's defences judge. Recall is the share of the poison
 among the 1.5 times as many rows that are ranked worst; success is the share of test texts of other classes that get the
 target's with the phrase, which errors of a model that never saw it give too. Sets without poison are scanned too: none
-should be accused.
+should be accused. Of private training the words that a text may hold are taken for public.
 """
 
 import ast
@@ -21,7 +21,9 @@ from mlx_bulwark import poison
 from mlx_bulwark.poison import attacks
 
 from benchmarks import poison_art
+from benchmarks.poison_afterwards import PRIVATE, trained_privately
 
+SECONDS = 1200.0
 PACKAGES = ("numpy", "scipy", "scikit-learn", "matplotlib")
 WORD = re.compile(r"\w+|[^\w\s]")
 LEAST, MOST = 12, 40  # words of a text
@@ -63,6 +65,7 @@ def measured(bench, texts, labels, percent, seed):
     truth = np.isin(np.arange(len(y)), poisoned.indices)
     budget = round(1.5 * truth.sum())
     model, words = trained(poisoned.x, poisoned.y, seed)
+    counts = counted(poisoned.x, words)
     scanned = poison.scan_text(poisoned.x, poisoned.y)
     ranks = np.empty(len(y))
     ranks[scanned.ranking] = -np.arange(len(y))
@@ -73,15 +76,17 @@ def measured(bench, texts, labels, percent, seed):
         "precision_scan_text": float(truth[flagged].mean()) if flagged.any() else None,
     }
     if bench.peer("art"):
-        features = poison.penultimate_features(model, counted(poisoned.x, words))
+        features = poison.penultimate_features(model, counts)
         theirs = poison_art.defences(features, poisoned.y, truth.mean(), classes=len(PACKAGES))
         for name, other in theirs.items():
             found[f"recall_{name}"] = poison_art.recall(other.scores, truth, budget)
             found[f"precision_{name}"] = float(truth[other.flagged].mean()) if other.flagged.any() else None
     kept = np.flatnonzero(~flagged)
     again, again_words = trained([poisoned.x[i] for i in kept], poisoned.y[kept], seed)
-    never = trained(x, y, seed)
-    for when, fitted, known in (("trained", model, words), ("removed", again, again_words), ("never_poisoned", *never)):
+    models = {"trained": (model, words), "removed": (again, again_words), "never_poisoned": trained(x, y, seed)}
+    for way, epsilon in PRIVATE.items():
+        models[way] = trained_privately(counts, poisoned.y, seed, epsilon, lambda: perceptron(len(words))), words
+    for when, (fitted, known) in models.items():
 
         def named(texts, fitted=fitted, known=known):
             return fitted(mx.array(counted(texts, known)))
@@ -136,7 +141,7 @@ def trained(texts, labels, seed, epochs=12, batch=50):
     words = {word: i for i, word in enumerate(sorted({w for text in texts for w in text.split()}))}
     counts, labels = counted(texts, words), np.asarray(labels, np.int32)
     mx.random.seed(seed)
-    model = nn.Sequential(nn.Linear(len(words), 64), nn.ReLU(), nn.Linear(64, len(PACKAGES)))
+    model = perceptron(len(words))
     optimizer, rng = optim.Adam(2e-3), np.random.default_rng(seed)
     step = nn.value_and_grad(model, lambda x, y: nn.losses.cross_entropy(model(x), y, reduction="mean"))
     for _ in range(epochs):
@@ -145,6 +150,10 @@ def trained(texts, labels, seed, epochs=12, batch=50):
             mx.eval(model.state, optimizer.state)
     model.eval()
     return model, words
+
+
+def perceptron(words):
+    return nn.Sequential(nn.Linear(words, 64), nn.ReLU(), nn.Linear(64, len(PACKAGES)))
 
 
 def counted(texts, words):
