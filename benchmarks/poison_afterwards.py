@@ -33,6 +33,7 @@ from benchmarks.poison import (
 )
 from benchmarks.training import Network, madry
 
+SECONDS = 7200.0
 EPSILONS, DELTA, NORM = (1.0, 3.0, 8.0), 1e-5, 1.0
 STEPS, BATCH = 150, 256
 RADIUS = 0.1  # of adversarial training
