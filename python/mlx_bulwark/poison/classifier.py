@@ -139,11 +139,11 @@ def rank_of(rate: float, clean: int) -> int:
     return math.floor(rate * (clean + 1) + 1e-9)
 
 
-def outlier_p_value(value: float, others: Array) -> float:
+def outlier_p_value(value: float, others: Array, least_spread: float = 0.0) -> float:
     """Of a value so far above the others, picked as the highest: Student's t of a new one, times the values."""
     from scipy.special import stdtr
 
-    deviation = float(others.std(ddof=1)) * math.sqrt(1 + 1 / len(others))
+    deviation = max(float(others.std(ddof=1)), least_spread) * math.sqrt(1 + 1 / len(others))
     above = value - float(others.mean())
     t = above / deviation if deviation else math.copysign(math.inf, above) if above else 0.0
     return min(1.0, (len(others) + 1) * float(stdtr(len(others) - 1, -t)))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from ..smoothing.bounds import check_count
 from .classes import Array, Detection, by_class, checked, checked_labels, principal
+from .classifier import outlier_p_value
 from .clustering import activation_clustering
 from .features import features_and_logits
 from .influence import self_influence
@@ -517,10 +518,7 @@ def _among_classes(statistics: dict[int, float], spread: float) -> _Verdict | No
     p_values = {}
     for label, value in statistics.items():
         others = np.array([v for other, v in statistics.items() if other != label])
-        error = max(float(others.std(ddof=1)), spread) * math.sqrt(1 + 1 / len(others))
-        p_values[label] = min(
-            1.0, len(statistics) * float(stats.t.sf((value - others.mean()) / error, len(others) - 1))
-        )
+        p_values[label] = outlier_p_value(value, others, spread)
     worst = min(p_values, key=lambda label: p_values[label])
     middle = float(np.median(list(statistics.values())))
     words = f"class {worst} stands out most: {statistics[worst]:.2f}, the median class {middle:.2f}"
