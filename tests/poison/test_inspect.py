@@ -84,6 +84,18 @@ def test_idle_units_that_speak_for_one_class_are_accused():
     assert "class 4" in check.reason
 
 
+@pytest.mark.parametrize(("speaks", "accused"), [(0.0, False), (2.5, True)])
+def test_idle_units_that_speak_for_one_class_alone_are_accused(speaks, accused):
+    model = Idle(0)
+    head = np.array(model.last.weight)
+    head[:, 10:] = 0  # the other classes' sums do not vary at all
+    head[4, 10:] = speaks
+    model.last.weight = mx.array(head)
+    check = pruning_check(model, idle_inputs())
+    assert check.accused is accused, check.reason
+    assert check.p_value == pytest.approx(0 if accused else 1, abs=1e-9)
+
+
 def test_few_classes_are_not_compared():
     mx.random.seed(1)
     model = nn.Sequential(nn.Linear(11, 8), nn.ReLU(), nn.Linear(8, 2))
