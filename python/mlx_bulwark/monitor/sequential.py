@@ -18,6 +18,12 @@ ABOVE_BIT, BELOW_BIT, NOT_FINITE_BIT = 1, 2, 4
 class SequentialChart(LocationChart):
     """Chart whose every value leads to the next state: one loop serves one value and many."""
 
+    def __init__(self, center: float, sigma: float, sides: Sides, restart: bool) -> None:
+        super().__init__(center, sigma)
+        if sides not in get_args(Sides):
+            raise ValueError(f"[{self.kind}] sides must be one of {', '.join(get_args(Sides))} but is {sides!r}")
+        self.sides, self.restart = sides, bool(restart)
+
     def update(self, value: Any) -> Signal | None:
         """Look at the next value; see ``Chart.update``."""
         return next(iter(self._run([self._number(value)])), None)
@@ -29,6 +35,14 @@ class SequentialChart(LocationChart):
     @abstractmethod
     def _run(self, values: list[float]) -> list[Signal]:
         """Look at values one after the other."""
+
+    def _deviations(self, values: Array, center: Array, sigma: Array) -> tuple[Array, list[tuple[Array, Array, bool]]]:
+        """Flags of what is no number; of each row the sigmas from the centre, what is a number, and whether all is."""
+        usable: Array = np.isfinite(values)
+        with np.errstate(over="ignore"):
+            z = np.clip((np.where(usable, values, center) - center) / sigma, -FAR, FAR)
+        rows = [(*row, bool(row[1].all())) for row in zip(z, usable, strict=True)]
+        return np.where(usable, 0, NOT_FINITE_BIT).astype(np.uint16), rows
 
 
 class CUSUM(SequentialChart):
@@ -80,13 +94,11 @@ class CUSUM(SequentialChart):
         sides: Sides = "both",
         restart: bool = True,
     ) -> None:
-        super().__init__(center, sigma)
+        super().__init__(center, sigma, sides, restart)
         self.k, self.h = finite(self.kind, "k", k), positive(self.kind, "h", h)
-        self.head_start, self.sides, self.restart = finite(self.kind, "head_start", head_start), sides, bool(restart)
+        self.head_start = finite(self.kind, "head_start", head_start)
         if self.k < 0 or not 0 <= self.head_start < 1:
             raise ValueError(f"[CUSUM] k must be 0 or more and head_start below 1 but are {k:g} and {head_start:g}")
-        if sides not in get_args(Sides):
-            raise ValueError(f"[CUSUM] sides must be one of {', '.join(get_args(Sides))} but is {sides!r}")
         self._up_limit = self.h if sides != "below" else math.inf
         self._down_limit = self.h if sides != "above" else math.inf
         self._start()
@@ -159,19 +171,16 @@ class CUSUM(SequentialChart):
 
     def _scan(self, values: Array, center: Array, sigma: Array, memory: Memory) -> tuple[Array, Memory]:
         up, down = memory["up"], memory["down"]
-        usable: Array = np.isfinite(values)
-        with np.errstate(over="ignore"):
-            z = np.clip((np.where(usable, values, center) - center) / sigma, -FAR, FAR)
-        every, start = [bool(row.all()) for row in usable], self.head_start * self.h
-        found = np.where(usable, 0, NOT_FINITE_BIT).astype(np.uint16)
-        for i, step in enumerate(z):
+        found, rows = self._deviations(values, center, sigma)
+        start = self.head_start * self.h
+        for i, (step, usable, every) in enumerate(rows):
             next_up, next_down = np.maximum(up + step - self.k, 0.0), np.maximum(down - step - self.k, 0.0)
-            if not every[i]:
-                next_up, next_down = np.where(usable[i], next_up, up), np.where(usable[i], next_down, down)
+            if not every:
+                next_up, next_down = np.where(usable, next_up, up), np.where(usable, next_down, down)
             up, down = next_up, next_down
             high, low = up > self._up_limit, down > self._down_limit
-            if not every[i]:
-                high, low = high & usable[i], low & usable[i]
+            if not every:
+                high, low = high & usable, low & usable
             broken = high | low
             if broken.any():
                 found[i] |= high * np.uint16(ABOVE_BIT) | low * np.uint16(BELOW_BIT)
@@ -241,13 +250,11 @@ class EWMA(SequentialChart):
         sides: Sides = "both",
         restart: bool = True,
     ) -> None:
-        super().__init__(center, sigma)
+        super().__init__(center, sigma, sides, restart)
         self.weight, self.limit = positive(self.kind, "weight", weight), positive(self.kind, "limit", limit)
-        self.exact, self.sides, self.restart = bool(exact), sides, bool(restart)
+        self.exact = bool(exact)
         if self.weight > 1:
             raise ValueError(f"[EWMA] weight must be at most 1 but is {weight:g}")
-        if sides not in get_args(Sides):
-            raise ValueError(f"[EWMA] sides must be one of {', '.join(get_args(Sides))} but is {sides!r}")
         self._variance = self.weight / (2 - self.weight)
         self._decay = (1 - self.weight) * (1 - self.weight)
         self._start()
@@ -308,22 +315,18 @@ class EWMA(SequentialChart):
 
     def _scan(self, values: Array, center: Array, sigma: Array, memory: Memory) -> tuple[Array, Memory]:
         average, missing = memory["average"], memory["missing"]
-        usable: Array = np.isfinite(values)
-        with np.errstate(over="ignore"):
-            z = np.clip((np.where(usable, values, center) - center) / sigma, -FAR, FAR)
-        every = [bool(row.all()) for row in usable]
-        found = np.where(usable, 0, NOT_FINITE_BIT).astype(np.uint16)
+        found, rows = self._deviations(values, center, sigma)
         above, below = np.uint16(ABOVE_BIT * (self.sides != "below")), np.uint16(BELOW_BIT * (self.sides != "above"))
-        for i, step in enumerate(z):
+        for i, (step, usable, every) in enumerate(rows):
             next_average, next_missing = average + self.weight * (step - average), missing * self._decay
-            if not every[i]:
-                next_average = np.where(usable[i], next_average, average)
-                next_missing = np.where(usable[i], next_missing, missing)
+            if not every:
+                next_average = np.where(usable, next_average, average)
+                next_missing = np.where(usable, next_missing, missing)
             average, missing = next_average, next_missing
             bound = self.limit * np.sqrt(self._variance * (1.0 - missing))
             broken = (average > bound) * above | (average < -bound) * below
-            if not every[i]:
-                broken = broken * usable[i]
+            if not every:
+                broken = broken * usable
             if broken.any():
                 found[i] |= broken
                 if self.restart:
