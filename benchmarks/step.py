@@ -119,7 +119,8 @@ def pgd(bench, case, model, twin, x, steps):
     bench.check(case, lambda: [within_the_ball(n, f(), x, steps) for n, f in contestants.items() if n != "bare"])
     times = bench.compare(contestants)
     bench.row(f"{case}/time_a_step", times["ours"].median / steps * 1e3, "ms", better="lower")
-    ratio = times.ratio("ours", "bare")
+    few = {name: contestants[name] for name in ("ours", "bare")}  # a few per cent want more rounds than peers are given
+    ratio = bench.compare(few, rounds=3 if bench.quick else 31).ratio("ours", "bare")
     bench.row(f"{case}/over_bare_passes", ratio, "x", peer="forward and backward", better="lower")
     for name in contestants:
         if name not in ("ours", "bare"):
