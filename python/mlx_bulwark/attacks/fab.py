@@ -224,9 +224,10 @@ def _at_equal_pace(slope: mx.array, room: mx.array, rise: mx.array, norm: Norm, 
         growth = mx.where(free, growths, 0).sum(axis=1, keepdims=True)
         gain = mx.where(free, 0, gains).sum(axis=1, keepdims=True)
         further = mx.maximum(mx.where(growth > 0, (rise - gain) / mx.maximum(growth, TINY), reach), reach)
-        if early and not (further > (1 + SLACK) * reach).any().item():
-            break
+        ends = early and not (further > (1 + SLACK) * reach).any().item()
         reach = further
+        if ends:
+            break
     return mx.minimum(reach if norm == "linf" else reach * slope, room)
 
 
