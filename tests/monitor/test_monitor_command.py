@@ -84,7 +84,8 @@ def test_acknowledged_alerts_are_no_longer_open(state, capsys):
 def test_misuse(name, tmp_path, capsys):
     code, _, error = command(capsys, name, "--state", tmp_path / "none")
     assert code == 2
-    assert "No such state file" in error or "cannot be used" in error
+    assert error.startswith(f"mlx-bulwark: {tmp_path / 'none'} cannot be ")
+    assert "No such state file" in error
     (tmp_path / "other").write_text("a,b\n")
     code, _, error = command(capsys, name, "--state", tmp_path / "other")
     assert code == 2

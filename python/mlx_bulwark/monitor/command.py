@@ -128,7 +128,7 @@ def _serve(path: Path, host: str, port: int) -> int:
     except (StateError, ImportError) as e:
         _fail(str(e))
     except OSError as e:
-        _fail(f"{host}:{port} or {path} cannot be used: {e.strerror or e}")
+        _fail(f"{e.filename or f'{host}:{port}'} cannot be used: {e.strerror or e}")
     if host not in LOCAL:
         print("mlx-bulwark: anybody who reaches this address may read the page", file=sys.stderr)
     try:
