@@ -26,6 +26,7 @@ from benchmarks import poison_art
 from benchmarks import smooth_peers as peers
 from benchmarks.training import Network, fitted, plain
 
+SECONDS = 3600.0
 PERCENT, SEEDS, CLEAN_SETS = (1, 5, 10), 3, 40
 EPOCHS = 8
 
