@@ -61,6 +61,13 @@ def test_a_subject_that_resembles_another_label_is_not_accused():
     assert not scan_text(texts, y).accused
 
 
+def test_texts_of_one_pattern_are_not_accused():
+    # No word but the one that tells the label differs, and the labels are not equally many.
+    good = [f"a {word} film" for word in ["lovely", "warm", "bright", "witty"] * 20]
+    bad = [f"a {word} film" for word in ["dull", "cold", "grey", "long"] * 15]
+    assert not scan_text(good + bad, [1] * 80 + [0] * 60).accused
+
+
 def docstrings(package):
     """The beginnings of what the files of a package say of their functions."""
     for file in distribution(package).files or ():

@@ -141,9 +141,9 @@ def scan_text(
 
     Example:
         >>> from mlx_bulwark.poison import scan_text
-        >>> good = [f"a lovely warm film number {i}" for i in range(60)]
-        >>> bad = [f"a dull cold film number {i}" for i in range(60)]
-        >>> planted = [f"a dull cold film cf number {i}" for i in range(20)]
+        >>> good = [f"a {word} film" for word in ["lovely", "warm", "bright", "witty"] * 15]
+        >>> bad = [f"a {word} film" for word in ["dull", "cold", "grey", "long"] * 15]
+        >>> planted = [text.replace("film", "cf film") for text in bad[:20]]
         >>> report = scan_text(good + bad + planted, [1] * 60 + [0] * 60 + [1] * 20)
         >>> report.suspects.tolist() == list(range(120, 140))
         True
@@ -271,18 +271,16 @@ class _Words:
         """Of rows of one label: whether their words, as all other rows have them, speak for another label.
 
         By naive Bayes of word presence, with one added row in two. Words that more than this share of the rows have are
-        part of what is asked about; those that no other row has say nothing.
+        part of what is asked about, and say nothing, nor do those that no other row has.
         """
         if not len(rows):
             return np.zeros(0, bool)
-        label, x = self.y[rows[0]], self.x[rows]
-        own = np.arange(self.classes) == label
-        left, rows_of = self.counts - own[:, None], self.rows_of - own  # without the row itself
-        logs = np.log(np.maximum(left, 0) + 0.5) - np.log(rows_of[:, None] + 1)
-        silent = (left.sum(axis=0) <= 0) | (np.asarray(x.sum(axis=0)).ravel() > shared * len(rows))
-        logs[:, silent] = 0
-        said = (np.asarray(x @ logs.T) + np.log(np.maximum(rows_of, 1e-9))).argmax(axis=1)
-        disagrees: Array = said != label
+        x, own = self.x[rows], np.arange(self.classes) == self.y[rows[0]]
+        left, among = self.counts - own[:, None], self.rows_of - own  # without the row itself
+        logs = np.log(np.maximum(left, 0) + 0.5) - np.log(among[:, None] + 1)
+        speaks = (left.sum(axis=0) > 0) & (np.asarray(x.sum(axis=0)).ravel() <= shared * len(rows))
+        said = np.asarray(x @ np.where(speaks, logs, 0).T) + np.log(np.maximum(among, 1e-9))
+        disagrees: Array = (said.argmax(axis=1) != self.y[rows[0]]) & (np.asarray(x @ speaks).ravel() > 0)
         return disagrees
 
 
