@@ -153,6 +153,20 @@ def test_a_backdoor_in_a_model_trained_anew_is_named(assess, digits, folder):
     assert inspected == "The model behaves as one with a backdoor does towards class 7."
 
 
+def test_a_backdoor_that_the_baseline_had_too_is_told_each_time(assess, digits, folder):
+    digit = {"data": "digits", "model": "assessed_digits:Perceptron", "baseline": "doubtful.json", "eps": "0.01"}
+    what = "the model looks as one with a backdoor"
+    code, said, _ = assess("--inspect", "--attack", "fgsm", "--update", weights="backdoored", **digit)
+    assert (code, f"NOTE   {what}, and the baseline now has it so" in said) == (0, True)
+    assert f"is itself in doubt: {what}." in said
+    code, said, _ = assess("--inspect", "--attack", "fgsm", weights="backdoored", **digit)
+    assert (code, f"STILL  {what}" in said) == (0, True)
+    code, said, _ = assess("--inspect", "--attack", "fgsm", "--json", weights="backdoored", **digit)
+    assert (json.loads(said)["events"], json.loads(said)["standing"]) == ([], [what])
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert report["sections"][0]["status"] == "attention"
+
+
 def test_attacks_that_do_more_harm_are_named(assess, digits):
     digit = {"data": "digits", "model": "assessed_digits:Perceptron", "baseline": "harm.json", "eps": "0.05"}
     assert assess("--update", weights="clean", **digit)[0] == 0
@@ -180,6 +194,7 @@ def test_drift_is_named(assess):
     code, said, _ = assess(data="shifted")
     assert code == 1
     assert "drifted: input 0" in said
+    assert "all columns, all columns" not in said
 
 
 @pytest.mark.parametrize(
@@ -190,12 +205,25 @@ def test_drift_is_named(assess):
         (["--tolerance", "2"], {}, "--tolerance must be at least 0"),
         ([], {"baseline": "no.json"}, "--update writes it"),
         ([], {"baseline": "held.npz"}, "--baseline must be a baseline"),
+        (["--update"], {"baseline": "nowhere/base.json"}, "--baseline must be in a folder that exists"),
+        (["--train", "no.npz"], {}, "--train must be a readable .npz file"),
     ],
 )
 def test_misuse(assess, more, options, words):
     code, said, told = assess(*more, **options)
     assert (code, said) == (2, "")
     assert words in told
+
+
+def test_a_file_where_the_report_should_go_is_told_before_the_work(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    argv = ["mlx-bulwark", "assess", "--model", "assessed_model:make", "--data", "held.npz", "--baseline", "new.json"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--update", "--out", "held.npz"])
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    assert exited.value.code == 2
+    assert capsys.readouterr().err == "mlx-bulwark: --out must be a folder but held.npz is a file\n"
+    assert not (folder / "new.json").exists()
 
 
 def test_p_values_are_those_of_scipy():

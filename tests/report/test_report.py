@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 from mlx_bulwark.report import Report
 from mlx_bulwark.report.glossary import WORDS, explained
+from mlx_bulwark.report.svg import bar_chart
 from report_examples import EXAMPLES
 
 HOSTILE = '</style></script><script>alert(1)</script><img src=x onerror=alert(1)>"\' onload="alert(1)'
@@ -103,3 +104,12 @@ def test_the_words_of_the_field_are_explained_and_no_others():
     assert "L-infinity, L2, L1" in pages["robust_accuracy"]
     assert list(WORDS) == sorted(WORDS, key=str.lower)
     assert explained([]) == []
+
+
+def test_next_to_no_drift_looks_like_it():
+    svg = bar_chart("Effect sizes", "effect size", ["age", "height"], [0.0025, 0.5], [False, True])
+    small, half = (float(w) for w in re.findall(r'<rect class="bar[^>]* width="([\d.]+)"', svg))
+    alone = bar_chart("Effect sizes", "effect size", ["age"], [0.0025], [False])
+    (only,) = (float(w) for w in re.findall(r'<rect class="bar[^>]* width="([\d.]+)"', alone))
+    assert only < 3
+    assert small < half / 100

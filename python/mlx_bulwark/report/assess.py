@@ -18,6 +18,7 @@ from ..gate.drift import Drift, DriftReport
 from ..poison.inspect import inspect
 from ..poison.scan import scan
 from ..smoothing.command import OptionError, load_data, load_model
+from .adapting import few
 from .page import Report
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -80,12 +81,15 @@ def assess(options: AssessOptions, say: Callable[[str], None]) -> tuple[dict[str
     if stored is not None:
         _same_settings(settings, stored)
         tolerance = stored["tolerance"] if options.tolerance is None else tolerance
+    _writable(options)
     make_attacks(attack, attack.eps[0])
     x, y = load_data(attack.data)
-    train = None if options.train is None else load_data(options.train)
+    train = None if options.train is None else _training_data(options.train)
     if not len(x):
         raise OptionError("--data must have rows but has none")
-    model = load_model(attack.model, attack.weights)
+    model: Any = load_model(attack.model, attack.weights)
+    if train is not None and not isinstance(model, nn.Module):
+        raise OptionError(f"--train must go with a mlx.nn.Module but --model returned {type(model).__name__}")
     if hasattr(model, "eval"):
         model.eval()
     tested = slice(None, attack.inputs)
@@ -114,10 +118,8 @@ def assess(options: AssessOptions, say: Callable[[str], None]) -> tuple[dict[str
         found.append((inspected, None))
         accused["model looks as one with a backdoor"] = inspected.accused
     if train is not None:
-        if not isinstance(model, nn.Module):
-            raise OptionError(f"--train must go with a mlx.nn.Module but --model returned {type(model).__name__}")
         say(f"scan       of {len(train[0]):,} training rows for poison")
-        scanned = scan(model, *train, batch_size=attack.batch_size, seed=attack.seed)
+        scanned = scan(model, *train, batch_size=attack.batch_size, seed=attack.seed, progress=attack.progress)
         found.append((scanned, train[0]))
         accused["training data look poisoned"] = scanned.accused
     now = {
@@ -154,6 +156,20 @@ def load_baseline(path: Path) -> dict[str, Any]:
     if not whole or not all(isinstance(stored.get(name), kind) for name, kind in parts.items()):
         raise OptionError(f"--baseline must be of this version but {path} is not; --update writes it anew")
     return dict(stored)
+
+
+def _writable(options: AssessOptions) -> None:
+    """Minutes of work are not lost for want of a folder."""
+    folder = options.baseline.parent
+    if options.update and not folder.is_dir():
+        raise OptionError(f"--baseline must be in a folder that exists but {folder} is none")
+
+
+def _training_data(path: Path) -> tuple[Array, Array]:
+    try:
+        return load_data(path)
+    except OptionError as e:
+        raise OptionError(str(e).replace("--data", "--train")) from None
 
 
 def _same_settings(settings: dict[str, Any], stored: dict[str, Any]) -> None:
@@ -233,9 +249,8 @@ def _compared(
         for name, figure in now["figures"].items():
             figures.append(_figure(name, stored["figures"][name], figure, paired, level, tolerance))
         if drift is not None and drift.drift:
-            events.append(
-                f"the data or what the model makes of them drifted: {', '.join(r.name for r in drift.findings)}"
-            )
+            names = list(dict.fromkeys(r.name for r in drift.findings))
+            events.append(f"the data or what the model makes of them drifted: {few(names)}")
         events += [f"the attacks raise a doubt that is new: {f}" for f in now["flags"] if f not in stored["flags"]]
         events += [f"the {what}" for what, is_so in now["accused"].items() if is_so and not stored["accused"].get(what)]
     else:
@@ -259,7 +274,15 @@ def _compared(
         "paired": stored is not None and stored["data"] == now["data"],
         "figures": figures,
         "events": events,
+        "standing": _standing(stored, now),
     }
+
+
+def _standing(stored: dict[str, Any] | None, now: dict[str, Any]) -> list[str]:
+    """What is wrong and yet no news: nobody would hear of it once it is in the baseline."""
+    before = now if stored is None else stored
+    doubts = [f"the attacks raise a doubt: {f}" for f in now["flags"] if f in before["flags"]]
+    return doubts + [f"the {what}" for what, is_so in now["accused"].items() if is_so and before["accused"].get(what)]
 
 
 def _figure(

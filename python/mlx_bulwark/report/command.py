@@ -136,6 +136,8 @@ def _assess(options: "AssessOptions", out: Path, as_json: bool) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
+    if out.exists() and not out.is_dir():
+        _fail(f"--out must be a folder but {out} is a file", 2)
     try:
         found, report = assess(options, say)
         out.mkdir(parents=True, exist_ok=True)
@@ -152,6 +154,8 @@ def _assess(options: "AssessOptions", out: Path, as_json: bool) -> int:
             print(f"{'WORSE' if f['worse'] else '':<6} {f['name']:<24} {f['now']:.4f}{before}")
         for event in found["events"]:
             print(f"WORSE  {event}")
+        for matter in found["standing"]:
+            print(f"STILL  {matter}" if found["baseline"] else f"NOTE   {matter}, and the baseline now has it so")
         print(report.sections[0].verdict)
         print(f"report     {out / 'report.html'}")
     return 0 if found["ok"] else 1

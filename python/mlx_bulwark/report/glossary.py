@@ -39,6 +39,11 @@ WORDS: dict[str, tuple[str, str]] = {
         r"cusum|ewma|shewhart",
         "Control charts. A Shewhart chart finds sudden changes; CUSUM and EWMA add up what is small but stays.",
     ),
+    "Deep k-NN": (
+        r"deep k-?nn|deep knn|input knn",
+        "Looks at the rows nearest to a row, by what the model makes of them or by the inputs: poisoned rows keep "
+        "other company than their label says.",
+    ),
     "Differential privacy": (
         r"differential privacy|privately|private (model|training)",
         "Training with noise, so that the model says next to nothing about whether any one example was there.",
@@ -62,10 +67,15 @@ WORDS: dict[str, tuple[str, str]] = {
         r"\bl-?inf|l∞|\bl[12]\b",
         "How much an input was changed: by its most changed value, by the root of the sum of squares, or by the sum.",
     ),
+    "Label noise": (r"label noise", "Rows whose label nearly all rows like them contradict."),
     "Log odds": (r"log odds", "How strongly something speaks for one answer: 0 is not at all, 7 is about 1,100 to 1."),
     "Manifest": (
         r"manifest",
         "A list of files with their hashes. Its Merkle root is one hash over all of them: it changes with any byte.",
+    ),
+    "McNemar, Fisher": (
+        r"mcnemar|fisher's",
+        "Tests of whether one share of right answers is smaller than another: on the same inputs, and on others.",
     ),
     "Noise multiplier": (
         r"noise multiplier",
@@ -74,6 +84,10 @@ WORDS: dict[str, tuple[str, str]] = {
     "Odd part of a class": (
         r"odd part of",
         "Rows of a class that look like another group than the rest, as poisoned rows do.",
+    ),
+    "Out of control": (
+        r"out of control|in control",
+        "A point of a control chart that chance hardly explains while all is as it was at the baseline.",
     ),
     "p, p-value": (
         r"\bp-values?\b|\bp = |\bp\b",

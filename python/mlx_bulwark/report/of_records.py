@@ -3,7 +3,7 @@
 from typing import Any
 
 from .adapting import MOST_ROWS, Data, adapter, blank, count, few, real, table
-from .parts import Figure, Plot, Section, percent, plain_words
+from .parts import Figure, Plot, Section, number, percent, plain_words
 from .svg import Axes, Level, Series, line_chart
 
 MOST_CHARTS = 8
@@ -163,12 +163,22 @@ def _doctor(data: Data) -> Section:
 def _assessment(data: Data) -> Section:
     worse = [f for f in data["figures"] if f["worse"]]
     section = Section("assessment", "Against the baseline", "good" if data["ok"] else "problem", "")
-    tolerance = percent(real(data["tolerance"]))
+    points = number(100 * real(data["tolerance"]))
+    tolerance = f"{points} point{'' if points == '1' else 's'} of 100"
+    standing = [str(matter) for matter in data.get("standing", [])]
     if data["baseline"] is None:
         section.status = "info"
         section.verdict = "This run was stored as the baseline: the next assessments are held against it."
+        if standing:
+            section.status = "attention"
+            section.verdict += f" What it is held against is itself in doubt: {'; '.join(standing)}."
+            section.advice = "Settle this first and store the baseline anew: it will not be told as a regression."
     elif data["ok"]:
         section.verdict = f"Nothing is worse than the baseline of {str(data['baseline'])[:10]}."
+        if standing:
+            section.status = "attention"
+            section.verdict += f" What was wrong with the baseline still is: {'; '.join(standing)}."
+            section.advice = "Settle this: the baseline had it too, so it is not told as a regression."
     else:
         drops = [f"{f['name']} fell from {percent(f['before'])} to {percent(f['now'])}" for f in worse]
         section.verdict = (

@@ -113,14 +113,14 @@ def bar_chart(title: str, x: str, labels: Sequence[str], values: Sequence[float]
         title: What the plot shows, in a sentence.
         x: Name of the axis.
         labels: Names of the bars.
-        values: Their lengths, at least 0.
+        values: Their lengths, at least 0. The axis goes to 1 at least, so that next to nothing looks like it.
         marked: Which stand out.
     """
     row = 24
     height = TOP + row * len(labels) + BOTTOM
     left = min(150.0, 14 + CHARACTER * max((len(name) for name in labels), default=0))
     most = int((left - 10) / CHARACTER)
-    across = _scale((0.0, max([*values, 1e-12])), left, WIDTH - RIGHT)
+    across = _scale((0.0, max([*values, 1.0])), left, WIDTH - RIGHT)
     bottom = height - BOTTOM
     parts = []
     for tick in across.ticks:
