@@ -23,14 +23,16 @@ def headline(figures: Figures) -> str:
         said.append(f"A backdoor was planted on purpose: with its patch {before} of other digits got the wrong name.")
     if "scan" in figures.stages:
         after = percent(figures.stages["scan"]["figures"]["attack_success_rate"])
-        gone = (
-            f"It was found and removed, {after} are left." if removed(figures) else f"It is not gone: {after} still do."
+        said.append(
+            f"It was found and removed: now {after} do." if removed(figures) else f"It is not gone: {after} still do."
         )
-        said.append(gone)
-    for name, words in (("attack", "right under attack, {} without the defence"), ("certify", "proven to stand")):
-        if name in figures.stages:
-            stage = figures.stages[name]
-            said.append(f"Answers {words.format(stage['without'])}: {stage['defended']}.")
+    if "attack" in figures.stages:
+        stage = figures.stages["attack"]
+        said.append(
+            f"Under attack {stage['defended']} of the answers stay right, {stage['without']} without the defence."
+        )
+    if "certify" in figures.stages:
+        said.append(f"{figures.stages['certify']['defended']} are proven to stand.")
     return " ".join(said) or "No poison was planted and nothing attacked."
 
 
