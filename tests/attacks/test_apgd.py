@@ -124,6 +124,19 @@ def test_targets_and_restarts():
     assert min(counts) > 5
 
 
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("attack", [PGD, APGD])
+def test_a_loss_of_ones_own(attack, targeted):
+    """A function that is the margin does what the margin does, and not what cross-entropy does."""
+    goal = {"targets": mx.array((Y + 1) % 5)} if targeted else {}
+    own, named, other = (
+        attack(1.0, norm="l2", steps=8, loss=loss, targeted=targeted)(model, mx.array(X), mx.array(Y), **goal)
+        for loss in (lambda z, y: margin(z, y), "margin", "cross_entropy")
+    )
+    assert all((a == b).all().item() for a, b in zip(own, named, strict=True))
+    assert not (own.adversarial == other.adversarial).all().item()
+
+
 def test_compiled_is_the_same():
     module = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 5))
     y = mx.argmax(module(mx.array(X)), axis=1)

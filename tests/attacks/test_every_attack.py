@@ -17,6 +17,7 @@ from mlx_bulwark.attacks import (
     Transfer,
     UniversalPatch,
 )
+from mlx_bulwark.attacks.base import SIZES
 
 B, C, SHAPE = 24, 5, (2, 2, 3)
 WEIGHT = np.random.default_rng(0).standard_normal((12, C)).astype(np.float32)
@@ -104,6 +105,22 @@ def test_in_the_ball_and_the_bounds_after_the_cast(name, norm, dtype):
     assert (length[~fooled] == 0).all()
     assert fooled.sum() > 1
     assert not fooled[0]
+
+
+@pytest.mark.parametrize(("name", "norm"), CASES)
+def test_inputs_that_are_done_are_asked_for_no_more(name, norm):
+    """Most fall at once. The model is asked for what is told, and for what fills a batch up to few sizes."""
+    asked = []
+
+    def counting(x):
+        asked.append(len(x))
+        return linear(x)
+
+    eps = np.where(np.arange(B) < B // 4, 1e-6, 50 * RADIUS[norm]).astype(np.float32)
+    result = attack_of(name, mx.array(eps), norm)(counting, X, Y)
+    told = result.queries.sum().item()
+    assert result.success.sum().item() >= B // 2
+    assert told <= sum(asked) <= told + len(asked) * (B // SIZES - 1)
 
 
 @EVERY
