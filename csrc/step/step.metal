@@ -24,6 +24,8 @@ inline bfloat nearest(float v, float origin, device bfloat* y) {
   return as_type<bfloat>(towards(float(near), as_type<ushort>(near), v, origin));
 }
 
+// What is not finite in a gradient moves nothing.
+inline float usable(float g) { return (as_type<uint>(g) & 0x7fffffffu) < 0x7f800000u ? g : 0.0f; }
 inline bool is_nan(float x) { return (as_type<uint>(x) & 0x7fffffffu) > 0x7f800000u; }
 inline float clipped(float v, float low, float high) { return is_nan(v) ? v : v < low ? low : v > high ? high : v; }
 
@@ -38,11 +40,10 @@ template <typename T>
   ulong i = ulong(group) * THREADS + t;
   if (i >= n) return;
   ulong row = i / size;
-  float g = float(grad[i]), origin = float(origins[i]);
+  float g = usable(float(grad[i])), origin = float(origins[i]);
   float radius = eps[by_sample[EPS] != 0u ? row : 0u], step = alpha[by_sample[ALPHA] != 0u ? row : 0u];
   uint bits = as_type<uint>(g);
-  if (is_nan(g)) step = g;
-  else if ((bits & 0x7fffffffu) == 0u) step = 0.0f;
+  if ((bits & 0x7fffffffu) == 0u) step = 0.0f;
   else if ((bits & 0x80000000u) != 0u) step = -step;
   float v = clipped(clipped(float(x[i]) + step, origin - radius, origin + radius), bounds[LOW], bounds[HIGH]);
   y[i] = nearest(v, origin, y);
@@ -77,7 +78,7 @@ inline bool reload(
     device const T* x, device const T* grad, device const T* origins, ulong start, uint i, uint size, bool gradient,
     bool others, thread float& d, thread float& g, thread float& o) {
   if (i >= size) return false;
-  if (gradient) g = float(grad[start + i]);
+  if (gradient) g = usable(float(grad[start + i]));
   if (others) {
     o = float(origins[start + i]);
     d = float(x[start + i]) - o;

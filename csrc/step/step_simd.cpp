@@ -7,6 +7,7 @@
 namespace bulwark::BULWARK_ISA {
 namespace {
 INLINE Floats magnitude(Floats v) { return (Floats)((Words)v & 0x7fffffffu); }
+INLINE Floats usable(Floats g) { return magnitude(g) < __builtin_inff() ? g : Floats{}; }  // what is finite
 INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 INLINE Floats clipped(Floats v, Floats low, Floats high) {
@@ -65,10 +66,10 @@ void linf(const Step& s, const void* xs, const void* gs, const void* os, void* y
   T* y = (T*)ys;
   const Floats low = Floats{} + s.low, high = Floats{} + s.high;
   for (size_t i = 0; i < n; i += LANES) {
-    const Floats d = load<F>(g + i, n - i), origin = load<F>(o + i, n - i);
+    const Floats d = usable(load<F>(g + i, n - i)), origin = load<F>(o + i, n - i);
     const Words negative = (Words)d & 0x80000000u;
     const Floats step = d == 0.0f ? Floats{} : (Floats)((Words)(Floats{} + s.alpha) | negative);
-    Floats v = load<F>(x + i, n - i) + (d == d ? step : d);
+    Floats v = load<F>(x + i, n - i) + step;
     v = clipped(clipped(v, origin - s.eps, origin + s.eps), low, high);
     store<F>(y + i, n - i, v, origin);
   }
@@ -78,19 +79,20 @@ void linf(const Step& s, const void* xs, const void* gs, const void* os, void* y
 template <Float F, Norm N, typename T = typename Stored<F>::type>
 void move(const Step& s, const T* x, const T* g, const T* o, size_t n, float* moved) {
   Floats most{};
-  for (size_t i = 0; i < n; i += LANES) most = larger(magnitude(load<F>(g + i, n - i)), most);
+  for (size_t i = 0; i < n; i += LANES) most = larger(magnitude(usable(load<F>(g + i, n - i))), most);
   float largest = 0;
   for (int k = 0; k < LANES; k++) largest = most[k] > largest ? most[k] : largest;
   if (largest == 0) largest = 1;
   Sum sum;
   for (size_t i = 0; i < n; i += LANES) {
-    const Floats d = load<F>(g + i, n - i) / largest;
+    const Floats d = usable(load<F>(g + i, n - i)) / largest;
     sum.add(N == Norm::l2 ? d * d : magnitude(d));
   }
   const double total = sum.total(), length = N == Norm::l2 ? __builtin_sqrt(total) : total;
   const float factor = length == 0 ? 0.0f : float(s.alpha / length);
   for (size_t i = 0; i < n; i += LANES) {
-    const Floats d = load<F>(x + i, n - i) - load<F>(o + i, n - i) + load<F>(g + i, n - i) / largest * factor;
+    const Floats step = usable(load<F>(g + i, n - i)) / largest * factor;
+    const Floats d = load<F>(x + i, n - i) - load<F>(o + i, n - i) + step;
     memcpy(moved + i, &d, sizeof d);
   }
 }

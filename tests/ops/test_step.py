@@ -179,11 +179,25 @@ def test_the_size_of_a_gradient_does_not_matter(backend, norm, scale):
     np.testing.assert_allclose(f64(got), f64(expected), atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", step.NORMS)
+def test_what_is_not_finite_in_a_gradient_counts_as_zero(backend, norm, dtype):
+    x, grad, origin = inputs((4, 40), dtype)
+    place = mx.arange(160).reshape(4, 40)
+    spoiled, without = grad, grad
+    for at, value in ((50, NAN), (51, INF), (59, -INF), (119, -NAN)):
+        spoiled, without = mx.where(place == at, value, spoiled), mx.where(place == at, 0, without)
+    spoiled, without = mx.where(place >= 120, NAN, spoiled), mx.where(place >= 120, 0, without)
+    got, expected = (bw.projected_step(x, g, origin, 1.0, 0.5, norm, (0, 1)) for g in (spoiled, without))
+    assert bool(mx.isfinite(got).all().item())
+    assert bool((got == expected).all().item())
+
+
 @pytest.mark.parametrize("norm", step.NORMS)
 def test_nan_stays_in_its_sample(backend, norm):
     x, grad, origin = inputs((3, 40))
-    spoiled = mx.where(mx.arange(120).reshape(3, 40) == 50, NAN, grad)
-    got = f64(bw.projected_step(x, spoiled, origin, 1.0, 0.5, norm, (0, 1)))
+    spoiled = mx.where(mx.arange(120).reshape(3, 40) == 50, NAN, x)
+    got = f64(bw.projected_step(spoiled, grad, origin, 1.0, 0.5, norm, (0, 1)))
     expected = f64(bw.projected_step(x, grad, origin, 1.0, 0.5, norm, (0, 1)))
     assert np.isnan(got[1, 10])
     np.testing.assert_array_equal(got[[0, 2]], expected[[0, 2]])

@@ -8,7 +8,7 @@ import numpy as np
 
 from .base import Array, Attack, Model
 from .fgsm import FGSM
-from .gradients import with_gradient
+from .gradients import usable, with_gradient
 from .hop_skip_jump import HopSkipJump
 from .losses import cross_entropy
 from .pgd import PGD
@@ -83,7 +83,7 @@ def probe(model: Model, x: mx.array, y: mx.array, attacks: list[Attack]) -> list
 
 def _zero_gradients(model: Model, x: mx.array, y: mx.array) -> list[Flag]:
     grad = with_gradient(model, lambda logits, y, _: cross_entropy(logits, y))(x, y, y)[0]
-    zero = int(np.array((grad == 0).reshape(len(x), -1).all(axis=1)).sum())
+    zero = int(np.array((usable(grad) == 0).reshape(len(x), -1).all(axis=1)).sum())
     if zero <= TOLERANCE * len(x):
         return []
     text = f"the gradient of the cross-entropy is 0 or not a number on {zero} of {len(x)} inputs"

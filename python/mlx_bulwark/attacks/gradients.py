@@ -30,7 +30,8 @@ def objective_of(where: str, loss: LossName | Loss, targeted: bool) -> Objective
 def with_gradient(model: Model, objective: Objective) -> Callable[..., tuple[mx.array, mx.array, mx.array]]:
     """A function of ``(x, y, targets)``: the gradient, the objective ``[m]`` and the logits ``[m, C]``.
 
-    What is not a number in a gradient is 0: a sample without a usable gradient stays where it is.
+    What is not finite in a gradient is left in it: ``projected_step`` counts it as 0, so that a sample without a usable
+    gradient stays where it is; who uses the gradient otherwise calls ``usable``.
     """
 
     def total(x: mx.array, y: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
@@ -44,7 +45,7 @@ def with_gradient(model: Model, objective: Objective) -> Callable[..., tuple[mx.
 
     def gradient(x: mx.array, y: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         (_, each, logits), grad = differentiated(x, y, targets)
-        return usable(grad), each, logits
+        return grad, each, logits
 
     return gradient
 
@@ -107,6 +108,7 @@ def nearest(leads: mx.array, grads: mx.array, norm: Norm) -> tuple[mx.array, mx.
 
 def largest(grad: mx.array, share: float | mx.array) -> mx.array:
     """Signs of the largest coordinates of each gradient, zeros elsewhere."""
+    grad = usable(grad)
     rows = mx.abs(grad.astype(mx.float32)).reshape(len(grad), -1)
     d = rows.shape[1]
     place = mx.clip(mx.array((1 - share) * d).astype(mx.int32), 0, d - 1)

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..ops.step import Norm, projected_step, random_start
 from .base import Array, Attack, Model, Remaining, Task, predicted
-from .gradients import compiled, largest, objective_of, with_gradient
+from .gradients import compiled, largest, objective_of, usable, with_gradient
 from .losses import Loss, LossName
 
 L1_SHARE = 0.01  # of the coordinates that a step in L1 moves, at least one: steps along all of them go nowhere
@@ -144,6 +144,6 @@ class PGD(Attack):
 
 def _by_l1(grad: mx.array) -> mx.array:
     """Gradients over their mean size, float32; zeros where there are none."""
-    rows = grad.astype(mx.float32).reshape(len(grad), -1)
+    rows = usable(grad).astype(mx.float32).reshape(len(grad), -1)
     size = mx.abs(rows).mean(axis=1, keepdims=True)
     return mx.where(size > 0, rows / size, 0).reshape(grad.shape)

@@ -38,15 +38,14 @@ def projected_step(
 ) -> mx.array:
     """Take one step of projected gradient ascent, each sample in a ball around its origin and within bounds.
 
-    The step is ``alpha`` times the gradient's sign (linf), or the gradient divided by its own norm (l2, l1); a gradient
-    of zeros moves nothing. Then linf and l1 project exactly onto what ball and bounds share; l2 projects onto the ball
+    The step is ``alpha`` times the gradient's sign (linf), or the gradient divided by its own norm (l2, l1).
+    Zeros move nothing, and values of a gradient that are not finite count as zeros. Then linf and l1 project exactly onto what ball and bounds share; l2 projects onto the ball
     and clips to the bounds, which stays inside the ball. Computed in float32; float16 and bfloat16 are rounded towards
     the origin, so that they do not leave the ball.
 
     Args:
         x: Adversarial inputs ``[B, ...]``, float32, float16 or bfloat16.
-        grad: Gradient of what the attack raises, of the shape and dtype of ``x``; a targeted attack negates it. NaN in
-            a sample's gradient gives NaN.
+        grad: Gradient of what the attack raises, of the shape and dtype of ``x``; a targeted attack negates it.
         origin: The inputs that are attacked, of the shape and dtype of ``x``, within ``bounds``.
         eps: Radius of the ball, in the unit of ``x``: a number >= 0, or float32 ``[B]``, one a sample.
         alpha: Length of the step in the same norm: a number >= 0, or float32 ``[B]``.
@@ -235,8 +234,9 @@ def _rows(x: mx.array) -> mx.array:
 
 
 def _direction(grad: mx.array, norm: str) -> mx.array:
+    grad = mx.where(mx.abs(grad) < math.inf, grad, 0)
     if norm == "linf":
-        return mx.where(mx.isnan(grad), grad, mx.sign(grad))  # the sign of NaN is not the same everywhere
+        return mx.sign(grad)
     if grad.size == 0:
         return grad
     largest = mx.abs(grad).max(axis=1, keepdims=True)  # the squares of small gradients vanish
