@@ -60,6 +60,34 @@ def test_a_patch_is_found_and_blamed(clean):
     assert "tell its label" in report.reason(int(report.ranking[0]))
 
 
+def test_few_rows_with_a_patch_are_blamed_where_neighbours_contradict_them(clean):
+    features, x, y = clean
+    poisoned = badnets(x, y, rate=0.03, target=2, trigger=np.full((3, 3, 1), 0.4, np.float32), seed=1)
+    report = scan_features(features, poisoned.y, inputs=poisoned.x, methods=["input_knn", "telling_values"])
+    found = report.methods["input_knn"]
+    assert found.accused_classes == (2,)
+    assert found.p_value < 1e-6
+    assert "of the 36 rows of class 2 whose values tell it, 0 of its 111 others" in found.reason
+    np.testing.assert_array_equal(np.sort(report.suspects), poisoned.indices)
+    alone = scan_features(features, poisoned.y, inputs=poisoned.x, methods=["input_knn"])
+    np.testing.assert_array_equal(np.sort(alone.suspects), poisoned.indices)
+
+
+def test_marks_and_wrong_labels_that_have_nothing_to_do_with_each_other():
+    """Of 30 p-values at most 6 are <= 0.05: more by chance in 1 of 1,000 runs, were the tests exact."""
+    rng, below, marked = np.random.default_rng(2), 0, 0
+    for seed in range(30):
+        y = rng.integers(0, CLASSES, 1000)
+        x = images_of(y, rng)
+        flipped = label_flip(x, y, rate=0.1, seed=seed)
+        x[(flipped.y == 3) & (rng.uniform(size=1000) < 0.6), -3:, -3:] = 0.4  # a scanner of its own, say
+        report = scan_features(np.zeros((1000, 1)), flipped.y, inputs=x, methods=["input_knn"])
+        below += report.p_value <= 0.05
+        marked += "class 3" in report.methods["input_knn"].reason
+    assert below <= 6
+    assert marked >= 25  # else nothing was tested
+
+
 def test_wrong_labels_are_found_and_blamed(clean):
     features, x, y = clean
     flipped = label_flip(x, y, rate=0.05, seed=3)

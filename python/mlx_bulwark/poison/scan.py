@@ -40,8 +40,6 @@ METHODS = (
 )
 OF_LOGITS = ("self_influence",)
 OF_INPUTS = ("input_knn", "telling_values")
-JUDGES = ("class_mixture", "telling_values", "label_noise")
-"""The methods whose statistics have a baseline without a trusted split; the others rank, and do not accuse."""
 BESIDE_TRUSTED = ("spectral_signatures", "activation_clustering", "spectre", "self_influence")
 """The methods that are run on the trusted rows and the others together, to see which score higher."""
 TOP_SHARES = (0.025, 0.05, 0.1, 0.2)  # of a class's scores
@@ -205,13 +203,16 @@ def scan(
 ) -> ScanReport:
     """Scan the data that a model was trained on for poison: backdoors, and wrong labels.
 
-    Rows are ranked by all methods together. Whether the set is poisoned at all is judged by three:
+    Rows are ranked by all methods together. Whether the set is poisoned at all is judged by four:
 
     - ``class_mixture`` and ``telling_values`` hold each class against the others, by a t-test of prediction with a
       Bonferroni correction. That assumes that the statistics of clean classes are like draws from one normal
       distribution, and that most classes are clean; it needs four classes of 20 rows.
     - ``label_noise`` counts labels that nearly all neighbours contradict, in the features and, where given, the inputs,
       against a binomial distribution with the rate of wrong labels that is taken for natural.
+    - ``input_knn`` asks whether the rows of a class whose values by themselves tell its label are those whose neighbours
+      contradict it, as where a trigger lies on inputs of other classes: Fisher's exact test in each class, with a
+      Bonferroni correction. That assumes that in clean classes neighbours contradict such rows no more often than others.
 
     With a trusted split all others but them judge as well. For ``deep_knn`` and ``input_knn`` the rates of rows whose
     neighbours contradict them are compared by Fisher's exact test, in all classes and in each. The remaining methods,
@@ -351,7 +352,7 @@ def scan_features(
     if expected_rate is not None:
         suspects = ranking[: math.ceil(1.5 * expected_rate * len(y) - 1e-9)]
     else:
-        blamed = _blamed(results, parts, y) if accused else np.zeros(len(y), bool)
+        blamed = _blamed(results, parts, data) if accused else np.zeros(len(y), bool)
         suspects = ranking[blamed[ranking]]
     return ScanReport(ranking, scores, p_value, accused, suspects, results, skipped, y, false_alarm_rate)
 
@@ -446,6 +447,12 @@ def _told(detection: Detection, y: Array) -> Array:
     return logs
 
 
+def _marked(detection: Detection, y: Array) -> Array:
+    """Telling values as a part of the combined score: -1 where they are natural, about 1 and more where they are not."""
+    marked: Array = 2 * np.clip(_told(detection, y) - 1, 0, 3) - 1
+    return marked
+
+
 def _combined(found: dict[str, Detection], y: Array) -> tuple[Array, dict[str, Array]]:
     """The largest of what three methods say, each about 1 where it is sure, and a little of the others."""
     parts: dict[str, Array] = {}
@@ -456,7 +463,7 @@ def _combined(found: dict[str, Detection], y: Array) -> tuple[Array, dict[str, A
     if "class_mixture" in found:
         parts["class_mixture"] = 2 * found["class_mixture"].scores * _excess(found["class_mixture"], y) - 1
     if "telling_values" in found:
-        parts["telling_values"] = 2 * np.clip(_told(found["telling_values"], y) - 1, 0, 3) - 1
+        parts["telling_values"] = _marked(found["telling_values"], y)
     scores = np.maximum.reduce(list(parts.values())) if parts else np.zeros(len(y))
     led = "input_knn" if "input_knn" in found else "spectre"  # without inputs it sees most of a backdoor
     if led == "input_knn":
@@ -491,6 +498,8 @@ def _verdict(name: str, found: dict[str, Detection], data: _Data, natural_noise:
         return _wrong_labels(data, natural_noise)
     if name in LEAST_SPREAD:
         return _among_classes(found[name].statistics, LEAST_SPREAD[name])
+    if name == "input_knn" and data.trusted_inputs is None:
+        return _marked_and_contradicted(data)
     if data.trusted is not None and name in ("deep_knn", "input_knn"):
         return _beside_trusted(name, data)
     if data.trusted is not None and name in BESIDE_TRUSTED:
@@ -509,6 +518,26 @@ def _wrong_labels(data: _Data, natural_noise: float) -> _Verdict:
         f"{natural_noise:.2%} are taken for natural"
     )
     return _Verdict(p_value, {}, words)
+
+
+def _marked_and_contradicted(data: _Data) -> _Verdict | None:
+    """Do neighbours contradict the very rows whose values tell the label? Fisher's exact test of each class."""
+    marked = _marked(data.detect("telling_values"), data.y) > 0
+    contradicted = data.detect("input_knn").scores > 0
+    p_values, words = {}, {}
+    for label, rows in by_class(data.y):
+        m, c = marked[rows], contradicted[rows]
+        counts = [[int((m & c).sum()), int((m & ~c).sum())], [int((~m & c).sum()), int((~m & ~c).sum())]]
+        p_values[label] = float(stats.fisher_exact(counts, alternative="greater")[1])
+        words[label] = (
+            f"neighbours contradict {counts[0][0]} of the {m.sum()} rows of class {label} whose values tell it, "
+            f"{counts[1][0]} of its {(~m).sum()} others"
+        )
+    if not p_values:
+        return None
+    worst = min(p_values, key=lambda label: p_values[label])
+    corrected = {label: min(1.0, p * len(p_values)) for label, p in p_values.items()}
+    return _Verdict(corrected[worst], corrected, words[worst] if marked.any() else "no row's values tell its label")
 
 
 def _among_classes(statistics: dict[int, float], spread: float) -> _Verdict | None:
@@ -530,8 +559,6 @@ def _beside_trusted(name: str, data: _Data) -> _Verdict | None:
     assert data.trusted is not None
     own, other, k = data.features, data.trusted[0], 20
     if name == "input_knn":
-        if data.trusted_inputs is None:
-            return None
         both, k = data.input_components(trusted=True), 10
         own, other = both[: len(data.y)], both[len(data.y) :]
     labels = data.trusted[1]
@@ -596,7 +623,9 @@ def _result(name: str, detection: Detection, verdict: _Verdict | None, level: fl
     if verdict is None:
         if name in LEAST_SPREAD:
             why = f"fewer than {LEAST_CLASSES} classes have enough rows to hold one against the others"
-        elif name in ("deep_knn", "input_knn"):
+        elif name == "input_knn":
+            why = "no class has enough rows"
+        elif name == "deep_knn":
             why = "no trusted split to compare to"
         else:
             why = "clean classes differ in it as well: without trusted rows it accuses nobody"
@@ -607,8 +636,9 @@ def _result(name: str, detection: Detection, verdict: _Verdict | None, level: fl
     )
 
 
-def _blamed(results: dict[str, MethodResult], parts: dict[str, Array], y: Array) -> Array:
+def _blamed(results: dict[str, MethodResult], parts: dict[str, Array], data: _Data) -> Array:
     """Rows that the methods which accuse the set blame."""
+    y = data.y
     blamed = np.zeros(len(y), bool)
     for name, result in results.items():
         if not result.accused:
@@ -620,10 +650,10 @@ def _blamed(results: dict[str, MethodResult], parts: dict[str, Array], y: Array)
             for label in result.accused_classes:
                 own = y == label
                 blamed |= own & (result.scores >= np.quantile(result.scores[own], 1 - TOP_SHARES[1]))
-        elif name == "telling_values":
-            blamed |= inside & (parts[name] > 0)
+        elif name == "telling_values" or (name == "input_knn" and data.trusted_inputs is None):
+            blamed |= inside & (_marked(data.detect("telling_values"), y) > 0)
         else:
-            blamed |= parts["label_noise"] > 0
+            blamed |= parts.get("label_noise", result.scores) > 0
     return blamed
 
 
