@@ -1,6 +1,7 @@
 """The gate before a model, against NumPy row by row."""
 
 import copy
+import io
 import json
 import threading
 
@@ -15,6 +16,7 @@ from mlx_bulwark.gate import GateCounts, InputError, InputGate
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 NAN, INF = float("nan"), float("inf")
+SMALL = ("Reshape", "Contiguous", "Squeeze", "Add", "Equal", "GreaterEqual", "LessEqual", "LogicalAnd")
 VALUES = st.sampled_from([0.0, 0.25, 1.0, -0.001, 1.5, -1e30, 1e30, NAN, INF, -INF])
 
 
@@ -28,6 +30,33 @@ def faults(x, low, high):
 
 def counted(x, low, high, refused):
     return GateCounts(len(x), *(int(f.sum()) for f in faults(x, low, high)), int(refused))
+
+
+def test_a_clean_batch_is_read_once_and_waited_for_once(monkeypatch):
+    gate = InputGate([2, 3], mx.float32, (0, 1), model=lambda x: x + 1)
+    x, graph, waits = mx.array(np.full((4, 2, 3), 0.5, np.float32)), io.StringIO(), []
+    mx.export_to_dot(graph, gate._nothing_wrong(x), x=x)
+    lines = graph.getvalue().splitlines()
+    assert sum(line.startswith('"x" ->') for line in lines) == 1
+    assert [line for line in lines if "label" in line and not _is_small(line)] == [
+        line for line in lines if 'label ="column_stats"' in line
+    ]
+
+    class Verdict:
+        def item(self):
+            waits.append("verdict")
+            return True
+
+    monkeypatch.setattr(InputGate, "_nothing_wrong", lambda self, x: Verdict())
+    monkeypatch.setattr(InputGate, "_faults", lambda self, x: waits.append("rows"))
+    monkeypatch.setattr(mx, "eval", lambda *a: waits.append("eval"))
+    gate(x)
+    assert waits == ["verdict"]
+
+
+def _is_small(line):
+    """An op of a few numbers, or one that copies nothing."""
+    return any(f'label ="{name}"' in line for name in SMALL)
 
 
 @given(hnp.arrays(np.float32, st.tuples(st.integers(0, 9), st.just(2), st.just(3)), elements=VALUES))

@@ -38,10 +38,10 @@ def projected_step(
 ) -> mx.array:
     """Take one step of projected gradient ascent, each sample in a ball around its origin and within bounds.
 
-    The step is ``alpha`` times the gradient's sign (linf), or the gradient divided by its own norm (l2, l1).
-    Zeros move nothing, and values of a gradient that are not finite count as zeros. Then linf and l1 project exactly onto what ball and bounds share; l2 projects onto the ball
-    and clips to the bounds, which stays inside the ball. Computed in float32; float16 and bfloat16 are rounded towards
-    the origin, so that they do not leave the ball.
+    The step is ``alpha`` times the gradient's sign (linf), or the gradient divided by its own norm (l2, l1). Zeros move
+    nothing; values of a gradient that are not finite count as zeros. Then linf and l1 project exactly onto what ball
+    and bounds share; l2 projects onto the ball and clips to the bounds, which stays inside the ball. Computed in
+    float32; float16 and bfloat16 are rounded towards the origin, so that they do not leave the ball.
 
     Args:
         x: Adversarial inputs ``[B, ...]``, float32, float16 or bfloat16.

@@ -210,9 +210,10 @@ def scan(
       distribution, and that most classes are clean; it needs four classes of 20 rows.
     - ``label_noise`` counts labels that nearly all neighbours contradict, in the features and, where given, the inputs,
       against a binomial distribution with the rate of wrong labels that is taken for natural.
-    - ``input_knn`` asks whether the rows of a class whose values by themselves tell its label are those whose neighbours
-      contradict it, as where a trigger lies on inputs of other classes: Fisher's exact test in each class, with a
-      Bonferroni correction. That assumes that in clean classes neighbours contradict such rows no more often than others.
+    - ``input_knn`` asks whether the rows of a class whose values by themselves tell its label are those whose
+      neighbours contradict it, as where a trigger lies on inputs of other classes: Fisher's exact test in each class,
+      with a Bonferroni correction. That assumes that in clean classes neighbours contradict such rows no more often
+      than others.
 
     With a trusted split all others but them judge as well. For ``deep_knn`` and ``input_knn`` the rates of rows whose
     neighbours contradict them are compared by Fisher's exact test, in all classes and in each. The remaining methods,
@@ -448,7 +449,7 @@ def _told(detection: Detection, y: Array) -> Array:
 
 
 def _marked(detection: Detection, y: Array) -> Array:
-    """Telling values as a part of the combined score: -1 where they are natural, about 1 and more where they are not."""
+    """Telling values as a part of the combined score: -1 where they are natural, 1 and more where they are not."""
     marked: Array = 2 * np.clip(_told(detection, y) - 1, 0, 3) - 1
     return marked
 
