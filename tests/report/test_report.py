@@ -1,5 +1,6 @@
 """The report as text: what is said, what is escaped, what is never lost."""
 
+import importlib
 import json
 import re
 from html.parser import HTMLParser
@@ -102,6 +103,10 @@ def test_the_words_of_the_field_are_explained_and_no_others():
     assert "Manifest" in pages["manifest"]
     assert "Drift" in pages["monitor"]
     assert "L-infinity, L2, L1" in pages["robust_accuracy"]
+    modules = (importlib.import_module(f"mlx_bulwark.poison.{name}") for name in ("scan", "inspect"))
+    for method in (m for module in modules for m in module.METHODS):
+        name = method.replace("_", " ")
+        assert any(re.search(where, name) for where, _ in WORDS.values()), name
     assert list(WORDS) == sorted(WORDS, key=str.lower)
     assert explained([]) == []
 

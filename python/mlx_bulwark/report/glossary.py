@@ -8,6 +8,14 @@ from .parts import Section
 WORDS: dict[str, tuple[str, str]] = {
     # the term, where it is meant (a regular expression), and what it means
     "Abstained": (r"abstain", "Inputs for which no answer was sure enough to be given."),
+    "Activation clustering": (
+        r"activation clustering",
+        "Splits the rows of a class in two by what the model makes of them: planted rows gather in the smaller part.",
+    ),
+    "Activation ranges": (
+        r"activation ?range",
+        "Units of the model that an input drives further than trusted inputs do.",
+    ),
     "Adversarial training": (r"adversarial training|hardened", "Training on inputs that were changed to mislead."),
     "Anomaly index": (
         r"anomaly index",
@@ -30,6 +38,11 @@ WORDS: dict[str, tuple[str, str]] = {
         r"certif|proof|proven",
         "Share of inputs whose right answer is proven not to change, whatever is done to them within the radius.",
     ),
+    "Class mixture": (
+        r"class mixture|odd part of",
+        "Whether a class is made of two groups: rows of its odd part look like another group than the rest, as planted "
+        "rows do.",
+    ),
     "Clipping norm": (
         r"clipping norm|gradients clipped",
         "The most that one example may move the model in a step of private training.",
@@ -40,7 +53,7 @@ WORDS: dict[str, tuple[str, str]] = {
         "Control charts. A Shewhart chart finds sudden changes; CUSUM and EWMA add up what is small but stays.",
     ),
     "Deep k-NN": (
-        r"deep k-?nn|deep knn|input knn",
+        r"deep k-?nn|deep knn|input knn|neighbours contradict",
         "Looks at the rows nearest to a row, by what the model makes of them or by the inputs: poisoned rows keep "
         "other company than their label says.",
     ),
@@ -81,10 +94,6 @@ WORDS: dict[str, tuple[str, str]] = {
         r"noise multiplier",
         "Strength of the noise in private training, in parts of the most that one example may do.",
     ),
-    "Odd part of a class": (
-        r"odd part of",
-        "Rows of a class that look like another group than the rest, as poisoned rows do.",
-    ),
     "Out of control": (
         r"out of control|in control",
         "A point of a control chart that chance hardly explains while all is as it was at the baseline.",
@@ -101,6 +110,10 @@ WORDS: dict[str, tuple[str, str]] = {
     "Poison": (
         r"poison",
         "Training rows that somebody planted or changed to teach the model what it should not do.",
+    ),
+    "Pruning check": (
+        r"\bpruning\b",
+        "Whether units that clean inputs leave idle speak for one class, as a backdoor's do.",
     ),
     "PSI": (r"\bpsi\b", "Population stability index: how much a distribution moved; under 0.1 is little."),
     "Pull on the last layer": (
@@ -119,6 +132,10 @@ WORDS: dict[str, tuple[str, str]] = {
         r"robust whitening|spectre",
         "Measuring distances in units of how the bulk of the rows varies, so that a few odd rows stand out.",
     ),
+    "Score": (
+        r"\bscores?\b",
+        "How odd or suspect a row is, beside the others of its table. It is no probability.",
+    ),
     "Spectral signature": (
         r"spectral signature",
         "How far a row lies along the direction in which its class varies most, where planted rows gather.",
@@ -127,6 +144,10 @@ WORDS: dict[str, tuple[str, str]] = {
         r"\bstrip\b|neural cleanse",
         "Searches for a backdoor: whether answers stand firm when inputs are blended, and whether a small patch leads "
         "to one class.",
+    ),
+    "Telling values": (
+        r"telling values|values (that )?(by themselves )?tell",
+        "Values at one place of the inputs that come with one label alone, such as the pixels of a trigger.",
     ),
 }
 
