@@ -65,6 +65,8 @@ def report(bench, name, percent, controls):
         success, accuracy = found[way].T
         bench.row(f"{case}/most_success_{way}", 100 * success.max(), "%", better="lower")
         bench.row(f"{case}/most_accuracy_lost_{way}", 100 * np.max(controls - accuracy), "points", better="lower")
+        if name in ("badnets", "blended") and way == "removed":
+            bench.check(case, success.max() < 0.05 and np.max(controls - accuracy) <= 0.01)
 
 
 def afterwards(name, percent, seed, way):

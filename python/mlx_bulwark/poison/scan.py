@@ -536,7 +536,7 @@ def _marked_and_contradicted(data: _Data) -> _Verdict | None:
         )
     if not p_values:
         return None
-    worst = min(p_values, key=lambda label: p_values[label])
+    worst = min(p_values, key=lambda label: (p_values[label], -marked[data.y == label].sum()))
     corrected = {label: min(1.0, p * len(p_values)) for label, p in p_values.items()}
     return _Verdict(corrected[worst], corrected, words[worst] if marked.any() else "no row's values tell its label")
 
