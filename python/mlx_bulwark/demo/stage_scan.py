@@ -10,7 +10,7 @@ from .progress import waiting
 from .sections import scanned
 from .stage import Digits, Outcome, Scene, percent
 
-FALSE_ALARM_RATE = 0.05
+FALSE_ALARM_RATE = 0.01
 WORST = 12  # suspects whose images are shown
 
 

@@ -25,7 +25,7 @@ from .neighbors import deep_knn, shares_among
 from .plot import draw_scan
 from .spectral import spectral_signatures
 from .spectre import spectre
-from .values import input_rows, telling_values
+from .values import LEAST_COUNT, input_rows, telling_columns, telling_values
 
 METHODS = (
     "spectral_signatures",
@@ -203,17 +203,16 @@ def scan(
 ) -> ScanReport:
     """Scan the data that a model was trained on for poison: backdoors, and wrong labels.
 
-    Rows are ranked by all methods together. Whether the set is poisoned at all is judged by four:
+    Rows are ranked by all methods together. Whether the set is poisoned at all is judged by three:
 
     - ``class_mixture`` and ``telling_values`` hold each class against the others, by a t-test of prediction with a
       Bonferroni correction. That assumes that the statistics of clean classes are like draws from one normal
       distribution, and that most classes are clean; it needs four classes of 20 rows.
     - ``label_noise`` counts labels that nearly all neighbours contradict, in the features and, where given, the inputs,
       against a binomial distribution with the rate of wrong labels that is taken for natural.
-    - ``input_knn`` asks whether the rows of a class whose values by themselves tell its label are those whose
-      neighbours contradict it, as where a trigger lies on inputs of other classes: Fisher's exact test in each class,
-      with a Bonferroni correction. That assumes that in clean classes neighbours contradict such rows no more often
-      than others.
+    - ``telling_values`` asks as well whether the rows of a class whose values by themselves tell its label look, but
+      for those values, like rows of other classes, as where a trigger lies on them: Fisher's exact test in each class.
+      That assumes that in clean classes neighbours contradict such rows no more often than others.
 
     With a trusted split all others but them judge as well. For ``deep_knn`` and ``input_knn`` the rates of rows whose
     neighbours contradict them are compared by Fisher's exact test, in all classes and in each. The remaining methods,
@@ -353,7 +352,7 @@ def scan_features(
     if expected_rate is not None:
         suspects = ranking[: math.ceil(1.5 * expected_rate * len(y) - 1e-9)]
     else:
-        blamed = _blamed(results, parts, data) if accused else np.zeros(len(y), bool)
+        blamed = _blamed(results, parts, y) if accused else np.zeros(len(y), bool)
         suspects = ranking[blamed[ranking]]
     return ScanReport(ranking, scores, p_value, accused, suspects, results, skipped, y, false_alarm_rate)
 
@@ -410,10 +409,23 @@ class _Data:
         return self.found[name]
 
     def input_components(self, trusted: bool = False) -> Array:
-        """Principal components of the inputs; of many columns those of a random projection, which keeps distances."""
+        """Principal components of the inputs, with those of the trusted ones behind them."""
         assert self.inputs is not None
         own = input_rows("scan", self.inputs)
-        rows = own if not trusted or self.trusted_inputs is None else np.concatenate([own, self.trusted_inputs])
+        together = trusted and self.trusted_inputs is not None
+        return self._components(np.concatenate([own, self.trusted_inputs]) if together else own)
+
+    def contradicted_without(self, marked: Array) -> Array:
+        """Which rows neighbours contradict, by the columns that do not tell the label of the marked rows."""
+        columns = telling_columns(self.inputs, self.y, marked)
+        components = self._components(input_rows("scan", self.inputs)[:, ~columns])
+        if not components.shape[1]:
+            return np.zeros(len(self.y), bool)
+        contradicted: Array = deep_knn(components, self.y, k=10).scores > 0
+        return contradicted
+
+    def _components(self, rows: Array) -> Array:
+        """Of many columns those of a random projection, which keeps distances."""
         if rows.shape[1] > MOST_INPUT_COLUMNS:
             shape = rows.shape[1], MOST_INPUT_COLUMNS
             rows = rows @ (np.random.default_rng(self.seed).normal(size=shape) / math.sqrt(MOST_INPUT_COLUMNS))
@@ -497,10 +509,10 @@ def _excess(detection: Detection, y: Array) -> Array:
 def _verdict(name: str, found: dict[str, Detection], data: _Data, natural_noise: float) -> _Verdict | None:
     if name == "label_noise":
         return _wrong_labels(data, natural_noise)
-    if name in LEAST_SPREAD:
+    if name == "class_mixture":
         return _among_classes(found[name].statistics, LEAST_SPREAD[name])
-    if name == "input_knn" and data.trusted_inputs is None:
-        return _marked_and_contradicted(data)
+    if name == "telling_values":
+        return _telling(found[name], data)
     if data.trusted is not None and name in ("deep_knn", "input_knn"):
         return _beside_trusted(name, data)
     if data.trusted is not None and name in BESIDE_TRUSTED:
@@ -521,24 +533,39 @@ def _wrong_labels(data: _Data, natural_noise: float) -> _Verdict:
     return _Verdict(p_value, {}, words)
 
 
-def _marked_and_contradicted(data: _Data) -> _Verdict | None:
-    """Do neighbours contradict the very rows whose values tell the label? Fisher's exact test of each class."""
-    marked = _marked(data.detect("telling_values"), data.y) > 0
-    contradicted = data.detect("input_knn").scores > 0
+def _telling(detection: Detection, data: _Data) -> _Verdict | None:
+    """Both tests of values that tell the label, with a Bonferroni correction."""
+    tests = _among_classes(detection.statistics, LEAST_SPREAD["telling_values"]), _marked_strangers(detection, data)
+    held = [test for test in tests if test is not None]
+    if not held:
+        return None
+    labels = {label for test in held for label in test.by_class}
+    by_class = {c: min(1.0, len(held) * min(test.by_class.get(c, 1.0) for test in held)) for c in labels}
+    least = min(held, key=lambda test: test.p_value)
+    return _Verdict(min(1.0, len(held) * least.p_value), by_class, least.words)
+
+
+def _marked_strangers(detection: Detection, data: _Data) -> _Verdict | None:
+    """Are the rows whose values tell the label strangers in its class by all other values? Fisher's exact tests."""
+    marked = _marked(detection, data.y) > 0
     p_values, words = {}, {}
     for label, rows in by_class(data.y):
-        m, c = marked[rows], contradicted[rows]
+        m = marked[rows]
+        if m.sum() < LEAST_COUNT:
+            p_values[label] = 1.0
+            continue
+        c = data.contradicted_without(rows[m])[rows]
         counts = [[int((m & c).sum()), int((m & ~c).sum())], [int((~m & c).sum()), int((~m & ~c).sum())]]
         p_values[label] = float(stats.fisher_exact(counts, alternative="greater")[1])
         words[label] = (
-            f"neighbours contradict {counts[0][0]} of the {m.sum()} rows of class {label} whose values tell it, "
-            f"{counts[1][0]} of its {(~m).sum()} others"
+            f"without the values that tell class {label}, neighbours contradict {counts[0][0]} of the {m.sum()} rows "
+            f"that hold them, and {counts[1][0]} of its {(~m).sum()} others"
         )
     if not p_values:
         return None
-    worst = min(p_values, key=lambda label: (p_values[label], -marked[data.y == label].sum()))
+    worst = min(p_values, key=lambda label: (p_values[label], label not in words))
     corrected = {label: min(1.0, p * len(p_values)) for label, p in p_values.items()}
-    return _Verdict(corrected[worst], corrected, words[worst] if marked.any() else "no row's values tell its label")
+    return _Verdict(corrected[worst], corrected, words.get(worst, "no class has rows whose values tell its label"))
 
 
 def _among_classes(statistics: dict[int, float], spread: float) -> _Verdict | None:
@@ -560,6 +587,8 @@ def _beside_trusted(name: str, data: _Data) -> _Verdict | None:
     assert data.trusted is not None
     own, other, k = data.features, data.trusted[0], 20
     if name == "input_knn":
+        if data.trusted_inputs is None:
+            return None
         both, k = data.input_components(trusted=True), 10
         own, other = both[: len(data.y)], both[len(data.y) :]
     labels = data.trusted[1]
@@ -622,11 +651,11 @@ def _contradicted(own: Array, y: Array, other: Array, labels: Array, k: int) -> 
 
 def _result(name: str, detection: Detection, verdict: _Verdict | None, level: float) -> MethodResult:
     if verdict is None:
-        if name in LEAST_SPREAD:
+        if name == "class_mixture":
             why = f"fewer than {LEAST_CLASSES} classes have enough rows to hold one against the others"
-        elif name == "input_knn":
+        elif name == "telling_values":
             why = "no class has enough rows"
-        elif name == "deep_knn":
+        elif name in ("deep_knn", "input_knn"):
             why = "no trusted split to compare to"
         else:
             why = "clean classes differ in it as well: without trusted rows it accuses nobody"
@@ -637,9 +666,8 @@ def _result(name: str, detection: Detection, verdict: _Verdict | None, level: fl
     )
 
 
-def _blamed(results: dict[str, MethodResult], parts: dict[str, Array], data: _Data) -> Array:
+def _blamed(results: dict[str, MethodResult], parts: dict[str, Array], y: Array) -> Array:
     """Rows that the methods which accuse the set blame."""
-    y = data.y
     blamed = np.zeros(len(y), bool)
     for name, result in results.items():
         if not result.accused:
@@ -651,8 +679,8 @@ def _blamed(results: dict[str, MethodResult], parts: dict[str, Array], data: _Da
             for label in result.accused_classes:
                 own = y == label
                 blamed |= own & (result.scores >= np.quantile(result.scores[own], 1 - TOP_SHARES[1]))
-        elif name == "telling_values" or (name == "input_knn" and data.trusted_inputs is None):
-            blamed |= inside & (_marked(data.detect("telling_values"), y) > 0)
+        elif name == "telling_values":
+            blamed |= inside & (parts[name] > 0)
         else:
             blamed |= parts.get("label_noise", result.scores) > 0
     return blamed

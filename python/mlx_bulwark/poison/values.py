@@ -1,5 +1,6 @@
 """Values that tell the label by themselves: what a trigger at a fixed place looks like in the inputs."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -49,18 +50,34 @@ def telling_values(x: Any, y: Any) -> Detection:
     columns = input_rows("telling_values", x)
     y = checked_labels("telling_values", y, len(columns))
     scores = np.zeros(len(y))
-    if len(y) and columns.shape[1]:
-        step = -(-columns.shape[1] // MOST_COLUMNS)
-        columns = columns[:, ::step]
-        wide = np.ndim(x) > 2
-        low = np.full(columns.shape[1], columns.min()) if wide else columns.min(axis=0)
-        high = np.full(columns.shape[1], columns.max()) if wide else columns.max(axis=0)
-        classes = int(y.max()) + 1
-        odds = _log_odds(np.bincount(y, minlength=classes) / len(y))
-        for j in range(columns.shape[1]):
-            scores += _told(columns[:, j], y, float(low[j]), float(high[j]), odds)
+    for told in _by_column(columns, y, np.ndim(x) > 2):
+        scores += told
     statistics = {label: float(np.log1p(np.sort(scores[r])[-LEAST_COUNT:].mean())) for label, r in by_class(y)}
     return Detection(scores, statistics)
+
+
+def telling_columns(x: Array, y: Array, rows: Array) -> Array:
+    """bool ``[columns]``: in which columns the values of at least half of these rows tell the label."""
+    columns = input_rows("telling_columns", x)
+    step = _step(columns)
+    told = np.array([(told[rows] > 0).mean() >= 0.5 for told in _by_column(columns, y, np.ndim(x) > 2)], bool)
+    return np.repeat(told, step)[: columns.shape[1]]
+
+
+def _by_column(columns: Array, y: Array, wide: bool) -> Iterator[Array]:
+    """What each column tells of each row's label, ``[n]``."""
+    if not columns.size:
+        return
+    columns = columns[:, :: _step(columns)]
+    low = np.full(columns.shape[1], columns.min()) if wide else columns.min(axis=0)
+    high = np.full(columns.shape[1], columns.max()) if wide else columns.max(axis=0)
+    odds = _log_odds(np.bincount(y, minlength=int(y.max()) + 1) / len(y))
+    for j in range(columns.shape[1]):
+        yield _told(columns[:, j], y, float(low[j]), float(high[j]), odds)
+
+
+def _step(columns: Array) -> int:
+    return max(1, -(-int(columns.shape[1]) // MOST_COLUMNS))
 
 
 def input_rows(where: str, x: Any) -> Array:
