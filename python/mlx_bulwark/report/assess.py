@@ -59,6 +59,19 @@ class Measured:
     right: Array
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """What is assessed, and what it is held against."""
+
+    model: Any
+    x: Array
+    y: Array
+    train: tuple[Array, Array] | None
+    settings: dict[str, Any]
+    stored: dict[str, Any] | None
+    tolerance: float
+
+
 def assess(options: AssessOptions, say: Callable[[str], None]) -> tuple[dict[str, Any], Report]:
     """Measure, compare to the baseline or write it, and make the report.
 
@@ -72,6 +85,40 @@ def assess(options: AssessOptions, say: Callable[[str], None]) -> tuple[dict[str
     Raises:
         OptionError: An option, a file or the baseline cannot be used.
     """
+    subject, attack = _subject(options), options.attack
+    x, y = subject.x[: attack.inputs], subject.y[: attack.inputs]
+    say(
+        f"attacks    {', '.join(attack.attacks)} on {len(x):,} inputs, radius {', '.join(f'{e:g}' for e in attack.eps)}"
+    )
+    sweep = attack_model(attack, subject.model, x, y)
+    say("drift      of inputs, confidences and predicted classes")
+    columns = _columns(subject.model, subject.x, attack.batch_size)
+    drift = None if subject.stored is None else _drift(subject.stored, columns, attack.seed)
+    scans, accused = _scans(options, subject, say)
+    measured = _measured(sweep)
+    now = {
+        "kind": "assessment baseline",
+        "format": FORMAT,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "settings": subject.settings,
+        "tolerance": subject.tolerance,
+        "data": _digest(x, y),
+        "figures": {m.name: {"right": int(m.right.sum()), "inputs": len(m.right), "bits": _bits(m)} for m in measured},
+        "flags": sorted({f.name for r in sweep.reports.values() for f in r.flags}),
+        "accused": accused,
+        "reference": {name: v[:MOST_REFERENCE].tolist() for name, v in columns.items()},
+    }
+    if subject.stored is None:
+        _write(options.baseline, now)
+    assessment = _compared(subject.stored, now, drift, subject.tolerance)
+    report = Report("Security assessment").add(assessment)
+    for data, samples in [(sweep, None), *([] if drift is None else [(drift, None)]), *scans]:
+        report.add(data, samples=samples, bounds=attack.bounds)
+    return assessment, report
+
+
+def _subject(options: AssessOptions) -> _Subject:
+    """What is assessed, read and checked before anything takes time."""
     attack = options.attack
     tolerance = 0.01 if options.tolerance is None else options.tolerance
     if not 0 <= tolerance < 1:
@@ -92,55 +139,28 @@ def assess(options: AssessOptions, say: Callable[[str], None]) -> tuple[dict[str
         raise OptionError(f"--train must go with a mlx.nn.Module but --model returned {type(model).__name__}")
     if hasattr(model, "eval"):
         model.eval()
-    tested = slice(None, attack.inputs)
-    radii = ", ".join(f"{e:g}" for e in attack.eps)
-    say(f"attacks    {', '.join(attack.attacks)} on {len(x[tested]):,} inputs, radius {radii}")
-    sweep = attack_model(attack, model, x[tested], y[tested])
-    measured = _measured(sweep)
-    say("drift      of inputs, confidences and predicted classes")
-    columns = _columns(model, x, attack.batch_size)
-    found: list[tuple[Any, Any]] = [(sweep, None)]
-    drift = None
-    if stored is not None:
-        drift = _drift(stored, columns, attack.seed)
-        found.append((drift, None))
-    accused = {}
+    return _Subject(model, x, y, train, settings, stored, tolerance)
+
+
+def _scans(
+    options: AssessOptions, subject: _Subject, say: Callable[[str], None]
+) -> tuple[list[tuple[Any, Any]], dict[str, bool]]:
+    """What looks for backdoors and poison where it is wanted, with the rows that it can show; and what is accused."""
+    attack = options.attack
+    found: list[tuple[Any, Any]] = []
+    accused: dict[str, bool] = {}
+    settings: dict[str, Any] = {"batch_size": attack.batch_size, "seed": attack.seed, "progress": attack.progress}
     if options.inspect:
-        say(f"inspection of the model by {len(x):,} held-out inputs")
-        inspected = inspect(
-            model,
-            (x, y),
-            bounds=attack.bounds,
-            batch_size=attack.batch_size,
-            seed=attack.seed,
-            progress=attack.progress,
-        )
+        say(f"inspection of the model by {len(subject.x):,} held-out inputs")
+        inspected = inspect(subject.model, (subject.x, subject.y), bounds=attack.bounds, **settings)
         found.append((inspected, None))
         accused["model looks as one with a backdoor"] = inspected.accused
-    if train is not None:
-        say(f"scan       of {len(train[0]):,} training rows for poison")
-        scanned = scan(model, *train, batch_size=attack.batch_size, seed=attack.seed, progress=attack.progress)
-        found.append((scanned, train[0]))
+    if subject.train is not None:
+        say(f"scan       of {len(subject.train[0]):,} training rows for poison")
+        scanned = scan(subject.model, *subject.train, **settings)
+        found.append((scanned, subject.train[0]))
         accused["training data look poisoned"] = scanned.accused
-    now = {
-        "kind": "assessment baseline",
-        "format": FORMAT,
-        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "settings": settings,
-        "tolerance": tolerance,
-        "data": _digest(x[tested], y[tested]),
-        "figures": {m.name: {"right": int(m.right.sum()), "inputs": len(m.right), "bits": _bits(m)} for m in measured},
-        "flags": sorted({f.name for r in sweep.reports.values() for f in r.flags}),
-        "accused": accused,
-        "reference": {name: v[:MOST_REFERENCE].tolist() for name, v in columns.items()},
-    }
-    if stored is None:
-        _write(options.baseline, now)
-    assessment = _compared(stored, now, drift, tolerance)
-    report = Report("Security assessment").add(assessment)
-    for data, samples in found:
-        report.add(data, samples=samples, bounds=attack.bounds)
-    return assessment, report
+    return found, accused
 
 
 def load_baseline(path: Path) -> dict[str, Any]:
