@@ -397,7 +397,7 @@ class Monitor:
             what = "its distribution"
         message = (
             f"{test.window} drifted: {what} moved most, {test.test} effect {test.effect:.3g} in {test.rows} rows up to "
-            f"batch {batch} (p = {test.p_value:.2g})"
+            f"batch {batch} ({_chance(test.p_value)})"
         )
         details = test.to_json() | {"rule": test.test, "batch": batch, "first_batch": self._began[test.window]}
         return Alert("warning", f"drift/{test.window}", message, details, self._clock())
@@ -460,7 +460,7 @@ class Monitor:
         was = float(self._reference.mean())
         message = (
             f"accuracy on the held-out set fell from {was:.4g} to {point['value']:.4g} at batch {batch}: {lost} rows "
-            f"were lost, {won} won (p = {p:.2g}); the first bad evaluation is at {_named(first)}, the last good one "
+            f"were lost, {won} won ({_chance(p)}); the first bad evaluation is at {_named(first)}, the last good one "
             f"{_named(good)}"
         ) + _advice(first, good)
         details = {"rule": "mcnemar", "batch": batch, "p_value": p, "lost": lost, "won": won, "value": point["value"]}
@@ -661,6 +661,10 @@ def _test_row(test: WindowTest, batch: int) -> dict[str, Any]:
 
 def _place(points: Sequence[Mapping[str, Any]], at: int) -> dict[str, Any] | None:
     return {k: points[at][k] for k in ("batch", "label", "checkpoint")} if at >= 0 else None
+
+
+def _chance(p_value: float) -> str:
+    return f"p = {p_value:.2g}" if p_value >= 1e-12 else "p below 1e-12"  # beyond, what is assumed decides
 
 
 def _named(place: Mapping[str, Any] | None) -> str:

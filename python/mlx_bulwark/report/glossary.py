@@ -38,7 +38,7 @@ WORDS: dict[str, tuple[str, str]] = {
         r"certif|proof|proven",
         "Share of inputs whose right answer is proven not to change, whatever is done to them within the radius.",
     ),
-    "Class mixture": (
+    "Class mixture, odd part": (
         r"class mixture|odd part of",
         "Whether a class is made of two groups: rows of its odd part look like another group than the rest, as planted "
         "rows do.",
