@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from ..ops.step import _rounded_towards
+from ..ops.step import _rounded_towards, usable
 from .base import Array, Attack, Model, Remaining, Task, column
-from .gradients import compiled, usable
+from .gradients import compiled
 from .losses import margin
 
 INSIDE = 0.9  # of the reach of tanh that the bounds take: closer to 1, values on a bound hardly ever leave it

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from ..ops.step import usable
 from .base import Array, Attack, Model
 from .fgsm import FGSM
-from .gradients import usable, with_gradient
+from .gradients import with_gradient
 from .hop_skip_jump import HopSkipJump
 from .losses import cross_entropy
 from .pgd import PGD

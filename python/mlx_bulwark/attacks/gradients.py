@@ -1,13 +1,12 @@
 """Gradients of what an attack raises, with the logits of the same pass."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..ops.step import Norm
+from ..ops.step import Norm, usable
 from .base import Model
 from .losses import LOSSES, TINY, Loss, LossName, dlr_targeted, margin, of_class
 
@@ -48,11 +47,6 @@ def with_gradient(model: Model, objective: Objective) -> Callable[..., tuple[mx.
         return grad, each, logits
 
     return gradient
-
-
-def usable(grad: mx.array) -> mx.array:
-    """Zeros where it is not finite; three passes over the data, where ``mx.isfinite`` alone takes more."""
-    return mx.where(mx.abs(grad) < math.inf, grad, 0)
 
 
 def compiled(step: Callable[..., Any], model: Model, compile: bool | None) -> Callable[..., Any]:

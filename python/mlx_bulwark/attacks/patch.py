@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from ..ops.step import usable
 from .base import Array, Model, check_model, checked_count, predicted, within
-from .gradients import objective_of, usable
+from .gradients import objective_of
 from .losses import Loss, LossName
 
 

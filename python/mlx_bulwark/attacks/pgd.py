@@ -6,9 +6,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from ..ops.step import Norm, projected_step, random_start
+from ..ops.step import Norm, projected_step, random_start, usable
 from .base import Array, Attack, Model, Remaining, Task, predicted
-from .gradients import compiled, largest, objective_of, usable, with_gradient
+from .gradients import compiled, largest, objective_of, with_gradient
 from .losses import Loss, LossName
 
 L1_SHARE = 0.01  # of the coordinates that a step in L1 moves, at least one: steps along all of them go nowhere

@@ -9,8 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..ops.step import usable
 from .base import Array, Model, check_model, checked_count, predicted
-from .gradients import usable
 from .losses import margin
 
 
