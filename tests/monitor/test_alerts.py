@@ -527,8 +527,8 @@ def test_prometheus_counts():
 @pytest.mark.parametrize("seed", range(2))
 def test_none_lost_and_none_doubled_by_kills(tmp_path, seed):
     """Sinks that fail half of the time, and a process that is killed at random moments until it is through."""
-    alerts = 50
-    program = [sys.executable, HERE / "killed.py", tmp_path, str(seed), str(alerts), "30000"]
+    alerts = 100
+    program = [sys.executable, HERE / "killed.py", tmp_path, str(seed), str(alerts), "15000"]
     done = subprocess.run(program, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": ""})
     kills = int(done.stdout)
     said = [Alert("warning", "stream", f"alert {i}", {"number": i}).id for i in range(alerts)]
